@@ -1,0 +1,140 @@
+"""Adapter: one model family, described; and how the right one is found for a model."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmaccel.hooks import Method
+from vlmaccel.run import Modality, TokenMap
+
+BUILTIN = ("llava", "text")  # modules of this folder, most specific first
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Where a model keeps what the hooks need.
+
+    base: the module that is given `input_ids` (and pictures). text: the decoder stack, which calls `layers` one after
+    the other, then `norm`; `rotary(hidden, position_ids)` gives cos and sin. `config` has the decoder's sizes.
+    """
+
+    base: nn.Module
+    text: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary: nn.Module
+    config: Any
+
+
+class Adapter:
+    """A model family. A package adds one with the entry point group `vlmaccel.adapters`, or with `register`."""
+
+    name: str = ""
+    summary: str = ""
+    hook_points: tuple[str, ...] = ("visual_tokens", "decoder_layer", "attention", "cache")
+    multimodal: bool = False
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether this adapter is meant for `model`."""
+        raise NotImplementedError
+
+    def parts(self, model: nn.Module) -> Parts:
+        """Find the parts; raises NotImplementedError naming what is missing."""
+        raise NotImplementedError
+
+    def default(self) -> Method:
+        """The recipe of `patch(model)`."""
+        raise NotImplementedError
+
+    def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:
+        """Given the keyword inputs of `Parts.base`, say what every token is (None: all text).
+
+        It may return other inputs that mean the same, such as pictures already encoded.
+        """
+        return inputs, None
+
+
+_registered: list[Adapter] = []
+
+
+def register(adapter: Adapter) -> Adapter:
+    """Add an adapter; it is asked before the ones that come with vlmaccel."""
+    if not adapter.name or not adapter.summary:
+        raise ValueError(f"an adapter needs a name and a one-line summary, {type(adapter).__name__} has not both")
+    _registered.insert(0, adapter)
+    return adapter
+
+
+@cache
+def _installed() -> tuple[Adapter, ...]:
+    external = [point.load() for point in entry_points(group="vlmaccel.adapters")]
+    builtin = [import_module(f"vlmaccel.adapters.{name}").ADAPTER for name in BUILTIN]
+    return (*external, *builtin)
+
+
+def all_adapters() -> list[Adapter]:
+    """Every adapter there is, in the order they are asked."""
+    return [*_registered, *_installed()]
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """The first adapter that is meant for `model`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch needs a torch.nn.Module, not {type(model).__name__}")
+    for adapter in all_adapters():
+        if adapter.matches(model):
+            return adapter
+    known = "; ".join(f"{a.name} ({a.summary})" for a in all_adapters())
+    raise NotImplementedError(
+        f"no adapter for {type(model).__name__}. There are: {known}. "
+        "A new family is one Adapter, added with vlmaccel.adapters.base.register or the entry point vlmaccel.adapters"
+    )
+
+
+def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of `module` as keywords."""
+    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def image_token_map(special: Tensor, lengths: list[int], grids: list[Tensor]) -> TokenMap:
+    """Token map of a batch whose image tokens are `special` (B, N) bool.
+
+    lengths: tokens of each picture, over the batch in order; grids: (length, 3) place of each picture's tokens.
+    Raises ValueError if the pictures do not fill the image tokens, sample by sample.
+    """
+    batch, n = special.shape
+    per_sample = special.sum(1).tolist()
+    images = iter(enumerate(lengths))
+    number: list[int] = []
+    for sample, wanted in enumerate(per_sample):
+        filled = count = 0
+        while filled < wanted:
+            i, length = next(images, (-1, 0))
+            if i < 0 or filled + length > wanted:
+                raise ValueError(
+                    f"sample {sample} has {wanted} image tokens, which the pictures given ({lengths} tokens each, "
+                    f"in order over the batch) do not fill: give each sample its pictures, one image token per feature"
+                )
+            number += [count] * length
+            filled, count = filled + length, count + 1
+    left = [i for i, _ in images]
+    if left:
+        raise ValueError(
+            f"{len(lengths)} pictures were given, but the image tokens of the prompts are filled by {left[0]}"
+        )
+    tokens = TokenMap.text(batch, n, special.device)
+    modality = tokens.modality.masked_fill(special, int(Modality.IMAGE))
+    image = tokens.image.masked_scatter(special, torch.tensor(number, dtype=torch.long, device=special.device))
+    grid = tokens.grid.clone()
+    if grids:
+        grid[special] = torch.cat(grids).to(special.device)
+    return TokenMap(modality, image, grid)

@@ -1,0 +1,109 @@
+"""The LLaVA family of transformers: LLaVA (1.5), LLaVA-NeXT (1.6) and LLaVA-OneVision."""
+
+from __future__ import annotations
+
+import inspect
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmaccel.adapters.base import Adapter, Parts, image_token_map
+from vlmaccel.adapters.text import decoder_parts
+from vlmaccel.hooks import Method
+from vlmaccel.methods import PyramidDrop
+from vlmaccel.run import TokenMap
+
+CLASSES = tuple(
+    f"{family}{head}"
+    for family in ("Llava", "LlavaNext", "LlavaOnevision")
+    for head in ("ForConditionalGeneration", "Model")
+)
+
+
+class LlavaAdapter(Adapter):
+    """A vision tower, a projector, and a language model that gets the projected patches as tokens."""
+
+    name = "llava"
+    summary = "LlavaForConditionalGeneration, LlavaNext, LlavaOnevision, with any decoder of the text adapter"
+    multimodal = True
+
+    def matches(self, model: nn.Module) -> bool:
+        return type(model).__name__ in CLASSES
+
+    def parts(self, model: nn.Module) -> Parts:
+        base = model if hasattr(model, "language_model") else model.model
+        return decoder_parts(base, base.language_model)
+
+    def default(self) -> Method:
+        return PyramidDrop()
+
+    def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:
+        inputs = encode_pictures(base, inputs)
+        pictures = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if pictures is None:
+            return inputs, None
+        features = list(pictures.pooler_output)
+        grids = [patch_grid(base, f) for f in features]
+        return inputs, image_token_map(image_tokens(base, inputs), [len(f) for f in features], grids)
+
+
+def encode_pictures(base: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Run the vision tower as `generate` does, so that one route tells every picture's number of tokens."""
+    if inputs.get("pixel_values") is None or inputs.get("mm_encoder_outputs") is not None:
+        return inputs
+    if inputs["pixel_values"].shape[0] == 0:
+        return inputs
+    wanted = inspect.signature(base.get_image_features).parameters
+    given = {name: inputs[name] for name in wanted if name != "kwargs" and name in inputs}
+    outputs = base.get_image_features(**given, return_dict=True)
+    return {**inputs, "pixel_values": None, "mm_encoder_outputs": {"image": outputs}}
+
+
+def image_tokens(base: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """(B, N) bool, the places that the model fills with image features."""
+    token = base.config.image_token_id
+    if inputs.get("input_ids") is not None:
+        return inputs["input_ids"] == token
+    embeds = inputs["inputs_embeds"]
+    return (embeds == base.get_input_embeddings()(torch.tensor(token, device=embeds.device))).all(-1)
+
+
+def patch_grid(base: nn.Module, features: Tensor) -> Tensor:
+    """(n, 3) view, row and column of every token of one picture from its projected features (n, D).
+
+    LLaVA-NeXT and OneVision put the whole picture first, then the mosaic of crops with the learned `image_newline`
+    after every row: the newline vectors tell how wide the (unpadded) mosaic is.
+    """
+    n = features.shape[0]
+    newline = getattr(base, "image_newline", None)
+    if newline is None:
+        return raster(0, n, isqrt(n)) if isqrt(n) ** 2 == n else nowhere(n)
+    at = (features == newline.to(features)).all(-1).nonzero().flatten().tolist()
+    if not at:
+        return raster(0, n, isqrt(n)) if isqrt(n) ** 2 == n else nowhere(n)
+    side = base.config.vision_config.image_size // base.config.vision_config.patch_size
+    whole = raster(0, side * side, side)
+    rows, rest = len(at), n - side * side
+    if rows == 1 and rest == 1:
+        return torch.cat([whole, nowhere(1)])
+    if rest <= 0 or rest % rows:
+        return nowhere(n)
+    mosaic = raster(1, rest, rest // rows)
+    mosaic[mosaic[:, 2] == rest // rows - 1, 2] = -1  # a newline has a row, but is no patch
+    return torch.cat([whole, mosaic])
+
+
+def raster(view: int, n: int, width: int) -> Tensor:
+    """(n, 3) view, row and column of n tokens in rows of `width`."""
+    index = torch.arange(n)
+    return torch.stack([torch.full_like(index, view), index // width, index % width], 1)
+
+
+def nowhere(n: int) -> Tensor:
+    """(n, 3), tokens without a place in a grid."""
+    return torch.full((n, 3), -1)
+
+
+ADAPTER = LlavaAdapter()

@@ -1,0 +1,63 @@
+"""The published methods, one file each, and how they are found by name."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+
+from vlmaccel.hooks import Method
+from vlmaccel.methods.attention_sum import AttentionSum
+from vlmaccel.methods.baselines import Random, Uniform
+from vlmaccel.methods.fastv import FastV
+from vlmaccel.methods.magnitude import Magnitude
+from vlmaccel.methods.neighbour_cosine import NeighbourCosine
+from vlmaccel.methods.pool import Pool
+from vlmaccel.methods.pyramiddrop import PyramidDrop
+from vlmaccel.methods.selection import Selection, SingleStage
+
+BUILTIN: tuple[type[Method], ...] = (
+    PyramidDrop,
+    FastV,
+    AttentionSum,
+    Magnitude,
+    NeighbourCosine,
+    Random,
+    Uniform,
+    Pool,
+)
+
+
+@cache
+def registry() -> dict[str, type[Method]]:
+    """Every method by its name: ours, and those of packages with the entry point group `vlmaccel.methods`."""
+    external = [point.load() for point in entry_points(group="vlmaccel.methods")]
+    return {method.name: method for method in (*BUILTIN, *external)}
+
+
+def make(name: str, **options: object) -> Method:
+    """The method of that name with these options; ValueError for a name, TypeError for an option it does not have."""
+    known = registry()
+    if name not in known:
+        raise ValueError(f"there is no method {name!r}; there are {', '.join(sorted(known))}")
+    method = known[name]
+    fields = getattr(method, "__dataclass_fields__", {})
+    if unknown := sorted(set(options) - set(fields)):
+        raise TypeError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(fields)}")
+    return method(**options)
+
+
+__all__ = [
+    "AttentionSum",
+    "FastV",
+    "Magnitude",
+    "Method",
+    "NeighbourCosine",
+    "Pool",
+    "PyramidDrop",
+    "Random",
+    "Selection",
+    "SingleStage",
+    "Uniform",
+    "make",
+    "registry",
+]

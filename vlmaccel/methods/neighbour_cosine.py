@@ -1,0 +1,55 @@
+"""Redundancy of a token as its mean cosine similarity to its neighbours.
+
+The form R_t = mean over neighbours i of sim(X_t, X_i), with any count T_l = T_0 (1 - alpha_l) kept at layer l, is
+what surveys describe under the name of PyramidDrop, which works otherwise; it is a criterion of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmaccel.hooks import DecoderLayer
+from vlmaccel.methods.selection import SingleStage, droppable, places
+
+OFFSETS = [(dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr, dc) != (0, 0)]
+
+
+@dataclass(frozen=True)
+class NeighbourCosine(SingleStage):
+    """Keep the tokens that are least like their (up to eight) neighbours in the patch grid, or the two in a line of text.
+
+    A token none of whose neighbours is left counts as not redundant.
+    layer (default 2), ratio (default 0.5, that is 1 - alpha), target, positions: see `SingleStage`.
+    """
+
+    name = "neighbour-cosine"
+
+    def score(self, at: DecoderLayer) -> Tensor:
+        segment = droppable(at, self.target)
+        assert segment is not None  # there is nothing to score otherwise
+        unit = normalize(at.hidden.float(), dim=-1)
+        row, column = places(at).unbind(-1)
+        view = at.tokens.grid[..., 0].clamp(min=0)
+        width, height = int(column.max()) + 3, int(row.max()) + 3
+        # a cell number for each place of each image, with an empty border so that neighbours never wrap around
+        cell = ((segment * 2 + view) * height + row + 1) * width + column + 1
+        cells = int(cell.max()) + width + 2
+        alone = (segment < 0) | (column < 0)  # not looked at, or the newline after a row of patches
+        cell = cell.masked_fill(alone, cells)
+        index = torch.arange(segment.shape[1], device=segment.device).expand_as(segment)
+        token_at = torch.full((segment.shape[0], cells + 1), -1, device=segment.device).scatter(1, cell, index)
+        token_at[:, cells] = -1
+        total = torch.zeros_like(unit[..., 0])
+        found = torch.zeros_like(total)
+        for down, right in OFFSETS:
+            near = (cell + down * width + right).clamp(0, cells)
+            neighbour = token_at.gather(1, near).masked_fill(alone, -1)
+            there = (neighbour >= 0).to(unit.dtype)
+            other = unit.gather(1, neighbour.clamp(min=0)[..., None].expand_as(unit))
+            total += (unit * other).sum(-1) * there
+            found += there
+        return -total / found.clamp(min=1)

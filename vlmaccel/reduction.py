@@ -1,0 +1,131 @@
+"""Reduction: which tokens stay, which group each original token joined, how many originals each kept token stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """Take entries of `x` along `dim` by a per-sample `index` (B, n); a batch of 1 in `x` is shared by all samples.
+
+    The index follows `x` to its device, so layers that live on different devices can share one reduction.
+    """
+    index = index.to(x.device)
+    if x.shape[0] == 1 and index.shape[0] > 1:
+        x = x.expand(index.shape[0], *x.shape[1:])
+    shape = [1] * x.ndim
+    shape[0], shape[dim] = index.shape
+    return x.gather(dim, index.view(shape).expand(*x.shape[:dim], index.shape[1], *x.shape[dim + 1 :]))
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """A selection or merge of the N tokens of each of B samples down to n slots.
+
+    keep: (B, n) int64, index of the token that each slot represents; no index twice.
+    group: (B, N) int64, slot that each original token joined, -1 if it was dropped.
+    size: (B, n) int64, how many original tokens a slot stands for. Samples of a batch may keep different numbers of
+        tokens: the shorter ones are filled up with slots of size 0, which every attention masks.
+    merges: whether some slot stands for several tokens (then `apply` averages, otherwise it only gathers).
+    """
+
+    keep: Tensor
+    group: Tensor
+    size: Tensor
+    merges: bool = False
+
+    @classmethod
+    def identity(cls, batch: int, n: int, device: torch.device | str = "cpu") -> Reduction:
+        """Everything stays: n slots for n tokens."""
+        index = torch.arange(n, device=device).expand(batch, n)
+        return cls(index, index, torch.ones_like(index))
+
+    @classmethod
+    def select(cls, wanted: Tensor) -> Reduction:
+        """Keep the tokens where `wanted` (B, N) bool is true, in their order; all others are dropped."""
+        n = int(wanted.sum(1).max())
+        # fillers are the lowest unwanted indices: left padding first, so that a filled row stays ascending
+        keep = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, :n].sort(1).values
+        size = wanted.gather(1, keep).long()
+        slot = torch.arange(n, device=keep.device).expand_as(keep)
+        group = torch.full(wanted.shape, -1, device=keep.device).scatter(1, keep, slot)
+        return cls(keep, group.masked_fill(~wanted, -1), size)
+
+    @classmethod
+    def merge_into(cls, representative: Tensor) -> Reduction:
+        """Merge every token into its representative.
+
+        representative: (B, N) int64, index of the token that stands for each token's group (its own index for the
+        representative itself), -1 for a token that is dropped.
+        """
+        index = torch.arange(representative.shape[1], device=representative.device)
+        reduction = cls.select(representative == index)
+        group = reduction.group.gather(1, representative.clamp(min=0)).masked_fill(representative < 0, -1)
+        return cls(reduction.keep, group, _count(group, reduction.keep.shape[1]), merges=True)
+
+    def apply(self, x: Tensor, size: Tensor | None = None) -> Tensor:
+        """Reduce `x` (B, N, ...) to (B, n, ...): gather, or the average weighted by `size` (B, N) where tokens merged.
+
+        The average is accumulated in float32 (ToMe, arXiv 2210.09461, size-weighted average) and is exact for a
+        group of one.
+        """
+        if not self.merges:
+            return gather(x, self.keep)
+        group = self.group.to(x.device)
+        member = (group >= 0).float() * (1.0 if size is None else size.to(x.device).float())
+        slot = group.clamp(min=0)
+        wide = member.view(*member.shape, *[1] * (x.ndim - 2))
+        index = slot.view(wide.shape).expand_as(x)
+        n = self.keep.shape[1]
+        total = torch.zeros(x.shape[0], n, *x.shape[2:], device=x.device).scatter_add(1, index, x.float() * wide)
+        weight = torch.zeros(x.shape[0], n, device=x.device).scatter_add(1, slot, member)
+        merged = (total / weight.clamp(min=1e-9).view(x.shape[0], n, *[1] * (x.ndim - 2))).to(x.dtype)
+        alone = (self.size == 1).to(x.device).view(x.shape[0], n, *[1] * (x.ndim - 2))
+        return torch.where(alone, gather(x, self.keep), merged)
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Spread slots `y` (B, n, ...) back over the N tokens: members get their group's value, dropped tokens zero."""
+        group = self.group.to(y.device)
+        spread = gather(y, group.clamp(min=0))
+        return spread.masked_fill((group < 0).view(*group.shape, *[1] * (y.ndim - 2)), 0)
+
+    def then(self, later: Reduction) -> Reduction:
+        """The single reduction that does this one and then `later` (which counts this one's slots as its tokens)."""
+        keep = self.keep.gather(1, later.keep)
+        moved = later.group.gather(1, self.group.clamp(min=0))
+        group = moved.masked_fill(self.group < 0, -1)
+        return Reduction(keep, group, later.total(self.size), self.merges or later.merges)
+
+    def total(self, size: Tensor) -> Tensor:
+        """Sum of the `size` (B, N) of every slot's members, (B, n) int64."""
+        return _count(self.group, self.keep.shape[1], size)
+
+
+def _count(group: Tensor, n: int, weight: Tensor | None = None) -> Tensor:
+    """Members (or their summed weight) of each of n slots, (B, n) int64; -1 in `group` belongs to no slot."""
+    member = (group >= 0).long() * (1 if weight is None else weight)
+    return torch.zeros(group.shape[0], n, dtype=torch.long, device=group.device).scatter_add(
+        1, group.clamp(min=0), member
+    )
+
+
+def top_per_segment(score: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
+    """Mark the best-scored tokens of every segment: (B, N) bool.
+
+    score: (B, N) float, higher is better; ties go to the lowest index.
+    segment: (B, N) int64, number of the segment (an image of the sample) a token is in, -1 for none (never marked).
+    budget: (B, S) int64, how many tokens segment s may keep; more than it has keeps all of it.
+    """
+    if budget.shape[1] == 0:
+        return torch.zeros_like(segment, dtype=torch.bool)
+    best_first = score.argsort(dim=1, descending=True, stable=True)
+    order = best_first.gather(1, segment.gather(1, best_first).argsort(dim=1, stable=True))
+    sorted_segment = segment.gather(1, order)
+    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    start = torch.searchsorted(sorted_segment, sorted_segment)  # where this token's segment begins
+    allowed = budget.gather(1, sorted_segment.clamp(min=0))
+    chosen = (place - start < allowed) & (sorted_segment >= 0)
+    return torch.zeros_like(chosen).scatter(1, order, chosen)

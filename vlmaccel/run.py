@@ -1,0 +1,138 @@
+"""Run: the state of one forward pass of the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmaccel.reduction import Reduction, gather
+
+
+class Modality(IntEnum):
+    """What a token stands for."""
+
+    PAD = 0
+    TEXT = 1
+    IMAGE = 2
+    VIDEO = 3
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """What every token of a batch is.
+
+    modality: (B, N) int8, a `Modality`.
+    image: (B, N) int64, number of the image within its sample, -1 outside images.
+    grid: (B, N, 3) int64, (view, row, column) of an image token: view 0 is the whole picture, view 1 the mosaic of its
+        high-resolution crops; -1 where a token has no place in a grid.
+    """
+
+    modality: Tensor
+    image: Tensor
+    grid: Tensor
+
+    @classmethod
+    def text(cls, batch: int, n: int, device: torch.device | str = "cpu") -> TokenMap:
+        """All text."""
+        modality = torch.full((batch, n), int(Modality.TEXT), dtype=torch.int8, device=device)
+        outside = torch.full((batch, n), -1, device=device)
+        return cls(modality, outside, outside[..., None].expand(-1, -1, 3))
+
+    def at(self, index: Tensor) -> TokenMap:
+        """The map of the tokens at `index` (B, n)."""
+        return TokenMap(gather(self.modality, index), gather(self.image, index), gather(self.grid, index))
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What was left from one decoder layer on.
+
+    layer: 0-based decoder layer whose input is the first with these tokens.
+    keep: (B, n) int64, logical (whole-sequence) index of every remaining token.
+    size: (B, n) int64, how many tokens each stands for, 0 for a filler.
+    group: (B, N) int64, slot that each token of the sequence joined, -1 if it was dropped.
+    """
+
+    layer: int
+    keep: Tensor
+    size: Tensor
+    group: Tensor
+
+
+@dataclass(eq=False)
+class Run:
+    """One forward pass of the decoder over `length` new tokens.
+
+    tokens: map of the new tokens (B, length).
+    query: (B, Q) int64, index of the last prompt token, or of every token just before an answer in training; -1 unused.
+    past: how many tokens the cache had seen before.
+    may_reduce: whether tokens may be dropped in this forward (it is a prefill, and the cache can hold fewer).
+    multimodal: whether the model takes pictures (text-only prompts of such a model too).
+    last_only: whether only the last token's output is wanted. labels: (B, length) of training, or None.
+    """
+
+    tokens: TokenMap
+    query: Tensor
+    past: int
+    may_reduce: bool = False
+    multimodal: bool = False
+    last_only: bool = False
+    labels: Tensor | None = None
+    reduction: Reduction | None = None
+    proportional: bool = False
+    removed: Tensor | None = None  # (B, n), by how much each remaining token's position is lowered
+    removed_in_all: Tensor | None = None  # (B, 1), the same for tokens still to come
+    stages: list[Stage] = field(default_factory=list)
+    memory: dict[Any, Any] = field(default_factory=dict)  # what a method wants to remember between layers
+    views: dict[Any, Any] = field(default_factory=dict)  # tensors of the full sequence as seen by the current stage
+    mask_size: Tensor | None = None  # `size` where attention has to know it: fillers, or proportional attention
+    _now: TokenMap | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of new tokens, before any reduction."""
+        return self.tokens.modality.shape[1]
+
+    @property
+    def index(self) -> Tensor | None:
+        """(B, n), which of the new tokens are left; None while all are."""
+        return None if self.reduction is None else self.reduction.keep
+
+    @property
+    def size(self) -> Tensor | None:
+        """(B, n), how many tokens each remaining one stands for, 0 for a filler; None while all are left."""
+        return None if self.reduction is None else self.reduction.size
+
+    @property
+    def remaining(self) -> TokenMap:
+        """Map of the tokens that are left; fillers count as padding."""
+        if self.reduction is None:
+            return self.tokens
+        if self._now is None:
+            now = self.tokens.at(self.reduction.keep)
+            filler = self.reduction.size == 0
+            modality = now.modality.masked_fill(filler, int(Modality.PAD))
+            self._now = TokenMap(modality, now.image.masked_fill(filler, -1), now.grid)
+        return self._now
+
+    def reduce(self, layer: int, reduction: Reduction, renumber: bool, proportional: bool) -> None:
+        """Note that from `layer` on only `reduction` (of the remaining tokens) is left."""
+        before = self.removed
+        whole = reduction if self.reduction is None else self.reduction.then(reduction)
+        self.reduction, self._now = whole, None
+        self.proportional |= proportional
+        if renumber:
+            kept = torch.zeros_like(self.tokens.modality, dtype=torch.bool).scatter(1, whole.keep, whole.size > 0)
+            gone = (self.tokens.modality != Modality.PAD) & ~kept
+            self.removed = gone.cumsum(1).gather(1, whole.keep)
+            self.removed_in_all = gone.sum(1, keepdim=True)
+        elif before is not None:
+            self.removed = before.gather(1, reduction.keep)
+        matters = (whole.size != 1) if self.proportional else (whole.size == 0)
+        self.mask_size = whole.size if bool(matters.any()) else None
+        self.views.clear()
+        self.stages.append(Stage(layer, whole.keep, whole.size, whole.group))
