@@ -64,7 +64,7 @@ class Reduction:
         index = torch.arange(representative.shape[1], device=representative.device)
         reduction = cls.select(representative == index)
         group = reduction.group.gather(1, representative.clamp(min=0)).masked_fill(representative < 0, -1)
-        return cls(reduction.keep, group, _count(group, reduction.keep.shape[1]), merges=True)
+        return cls(reduction.keep, group, _sum(group, reduction.keep.shape[1], torch.ones_like(group)), merges=True)
 
     def apply(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         """Reduce `x` (B, N, ...) to (B, n, ...): gather, or the average weighted by `size` (B, N) where tokens merged.
@@ -75,22 +75,18 @@ class Reduction:
         if not self.merges:
             return gather(x, self.keep)
         group = self.group.to(x.device)
-        member = (group >= 0).float() * (1.0 if size is None else size.to(x.device).float())
-        slot = group.clamp(min=0)
-        wide = member.view(*member.shape, *[1] * (x.ndim - 2))
-        index = slot.view(wide.shape).expand_as(x)
-        n = self.keep.shape[1]
-        total = torch.zeros(x.shape[0], n, *x.shape[2:], device=x.device).scatter_add(1, index, x.float() * wide)
-        weight = torch.zeros(x.shape[0], n, device=x.device).scatter_add(1, slot, member)
-        merged = (total / weight.clamp(min=1e-9).view(x.shape[0], n, *[1] * (x.ndim - 2))).to(x.dtype)
-        alone = (self.size == 1).to(x.device).view(x.shape[0], n, *[1] * (x.ndim - 2))
+        weight = (group >= 0).float() if size is None else size.to(x.device).float()
+        total = _sum(group, self.keep.shape[1], x.float() * _wide(weight, x))
+        weight = _sum(group, self.keep.shape[1], weight)
+        merged = (total / _wide(weight.clamp(min=1e-9), x)).to(x.dtype)
+        alone = _wide((self.size == 1).to(x.device), x)
         return torch.where(alone, gather(x, self.keep), merged)
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Spread slots `y` (B, n, ...) back over the N tokens: members get their group's value, dropped tokens zero."""
         group = self.group.to(y.device)
         spread = gather(y, group.clamp(min=0))
-        return spread.masked_fill((group < 0).view(*group.shape, *[1] * (y.ndim - 2)), 0)
+        return spread.masked_fill(_wide(group < 0, y), 0)
 
     def then(self, later: Reduction) -> Reduction:
         """The single reduction that does this one and then `later` (which counts this one's slots as its tokens)."""
@@ -101,15 +97,18 @@ class Reduction:
 
     def total(self, size: Tensor) -> Tensor:
         """Sum of the `size` (B, N) of every slot's members, (B, n) int64."""
-        return _count(self.group, self.keep.shape[1], size)
+        return _sum(self.group, self.keep.shape[1], size)
 
 
-def _count(group: Tensor, n: int, weight: Tensor | None = None) -> Tensor:
-    """Members (or their summed weight) of each of n slots, (B, n) int64; -1 in `group` belongs to no slot."""
-    member = (group >= 0).long() * (1 if weight is None else weight)
-    return torch.zeros(group.shape[0], n, dtype=torch.long, device=group.device).scatter_add(
-        1, group.clamp(min=0), member
-    )
+def _sum(group: Tensor, n: int, x: Tensor) -> Tensor:
+    """Sum of `x` (B, N, ...) over the members of each of n slots, (B, n, ...); -1 in `group` belongs to no slot."""
+    index = _wide(group + 1, x).expand_as(x)
+    return x.new_zeros(x.shape[0], n + 1, *x.shape[2:]).scatter_add(1, index, x)[:, 1:]
+
+
+def _wide(x: Tensor, like: Tensor) -> Tensor:
+    """(B, N) with as many trailing dimensions of 1 as `like` has."""
+    return x.view(*x.shape, *[1] * (like.ndim - 2))
 
 
 def top_per_segment(score: Tensor, segment: Tensor, budget: Tensor) -> Tensor:

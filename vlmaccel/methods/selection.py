@@ -183,9 +183,9 @@ def to_remaining(at: VisualTokens, values: Tensor) -> Tensor:
 
 
 def places(at: VisualTokens) -> Tensor:
-    """(B, n, 2) int64 row and column of the remaining tokens in their image; (0, index) for what is in no grid."""
+    """(B, n, 2) int64 row and column of the remaining tokens in their image; what is in no grid is in a line: row 0, and
+    as column its number among the sample's tokens."""
     grid = at.tokens.grid[..., 1:]
-    index = torch.arange(at.run.length, device=grid.device).expand(grid.shape[0], -1)
-    line = torch.stack([torch.zeros_like(index), index], -1)
-    line = line if at.run.index is None else line.gather(1, at.run.index[..., None].expand(-1, -1, 2))
-    return torch.where((grid < 0).all(-1, keepdim=True), line, grid)
+    number = (at.run.tokens.modality != Modality.PAD).cumsum(1) - 1
+    column = to_remaining(at, number.clamp(min=0))
+    return torch.where((grid < 0).all(-1, keepdim=True), torch.stack([torch.zeros_like(column), column], -1), grid)

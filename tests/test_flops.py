@@ -1,0 +1,114 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils import flop_counter
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vlmaccel.flops import count_flops, decoder_flops, layer_flops
+
+D, M, LAYERS = 4096, 11008, 32  # Vicuna-7B
+
+
+def pyramid(n):
+    return [n // 2 ** (layer // 8) for layer in range(LAYERS)]
+
+
+def fastv(n):
+    return [n if layer < 2 else n / 2 for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gated", "plain"),
+    [
+        ([576] * LAYERS, 3.817, 2.986),
+        (pyramid(576), 1.777, 1.388),
+        (fastv(576), 2.007, 1.566),
+        ([2880] * LAYERS, 20.825, 16.670),
+        (pyramid(2880), 9.465, 7.517),
+    ],
+)
+def test_published_teraflops(tokens, gated, plain):
+    assert round(decoder_flops(tokens, D, M) / 1e12, 3) == gated
+    assert round(decoder_flops(tokens, D, M, gated=False) / 1e12, 3) == plain
+
+
+@pytest.mark.parametrize(
+    ("k", "kept", "text", "ratio"),
+    [
+        (2, 0.5, 0, 0.524),
+        (2, 0.25, 0, 0.292),
+        (2, 0.1, 0, 0.154),
+        (3, 0.5, 0, 0.540),
+        (2, 0.5, 64, 0.571),
+        (2, 0.25, 64, 0.361),
+        (2, 0.1, 64, 0.236),
+        (3, 0.5, 64, 0.585),
+    ],
+)
+def test_fastv_ratio(k, kept, text, ratio):
+    n = 576 + text
+    after = text + kept * 576
+    part = decoder_flops([n] * k + [after] * (LAYERS - k), D, M, gated=False)
+    assert part / decoder_flops([n] * LAYERS, D, M, gated=False) == pytest.approx(ratio, abs=6e-4)
+
+
+def test_layer_is_the_sum_of_its_parts():
+    assert layer_flops(3, 5, 7) == 4 * 3 * 25 + 2 * 9 * 5 + 3 * 3 * 5 * 7
+    assert layer_flops(3, 5, 7, gated=False) == 4 * 3 * 25 + 2 * 9 * 5 + 2 * 3 * 5 * 7
+    assert decoder_flops([], 5, 7) == 0
+
+
+def llama(kv_heads=4, attention="sdpa"):
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        attn_implementation=attention,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
+def test_count_is_twice_the_closed_form_and_the_head(attention, grad):
+    model, batch, n = llama(attention=attention), 2, 11
+    ids = torch.randint(50, (batch, n))
+    with grad():
+        count = count_flops(lambda: model(ids, logits_to_keep=1))
+    head = batch * 64 * 50
+    assert count == 2 * (batch * decoder_flops([n] * 3, 64, 96) + head)
+
+
+def test_count_with_grouped_keys():
+    model, n = llama(kv_heads=2), 11
+    ids = torch.randint(50, (1, n))
+    with torch.no_grad():
+        count = count_flops(lambda: model(ids, logits_to_keep=1))
+    narrower = 3 * 2 * n * 64 * 32  # keys and values of half the width, three layers
+    assert count == 2 * (decoder_flops([n] * 3, 64, 96) - narrower + 64 * 50)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_cpu_attention_forward_and_backward(monkeypatch, kv_heads):
+    # as in torch <= 2.14, which has no formula of its own for this kernel
+    known = {k: v for k, v in flop_counter.flop_registry.items() if "flash_attention_for_cpu" not in str(k)}
+    monkeypatch.setattr(flop_counter, "flop_registry", known)
+    q = torch.randn(2, 4, 5, 8, requires_grad=True)
+    k, v = (torch.randn(2, kv_heads, 7, 8, requires_grad=True) for _ in range(2))
+    out = []
+    forward = count_flops(lambda: out.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=kv_heads != 4)))
+    assert forward == 2 * 2 * (2 * 4 * 5 * 7 * 8)
+    assert count_flops(lambda: out[0].sum().backward()) == 5 * 2 * (2 * 4 * 5 * 7 * 8)
+
+
+def test_causal_attention_counts_the_whole_square():
+    q = torch.randn(1, 2, 6, 4)
+    with torch.no_grad():
+        counts = [
+            count_flops(lambda c=causal: F.scaled_dot_product_attention(q, q, q, is_causal=c))
+            for causal in (False, True)
+        ]
+    assert counts[0] == counts[1] == 2 * 2 * (2 * 6 * 6 * 4)

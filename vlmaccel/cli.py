@@ -1,0 +1,243 @@
+"""The command `vlmaccel`."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# torch and transformers are imported where they are needed: --help comes at once
+app = typer.Typer(help="Faster and smaller vision-language models.", no_args_is_help=True, add_completion=False)
+evals = typer.Typer(help="Measure answers.", no_args_is_help=True)
+app.add_typer(evals, name="eval")
+
+Method = Annotated[str | None, typer.Option(help="One of `vlmaccel methods`; none: the model as it is.")]
+Options = Annotated[list[str] | None, typer.Option("--option", help="Hyper-parameter of the method, e.g. ratio=0.25.")]
+
+
+@app.command()
+def demo(
+    questions: Annotated[int, typer.Option(help="Collage questions, about; a quarter as many of easy-VQA.")] = 240,
+    full: Annotated[bool, typer.Option("--full", help="All test questions (hours on a CPU).")] = False,
+    seed: Annotated[int, typer.Option(help="Of the collages.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the pictures.")] = Path("demo"),
+    model: Annotated[Path | None, typer.Option(help="Another LLaVA trained on these questions.")] = None,
+) -> None:
+    """A small LLaVA answers questions, with every method at several token budgets."""
+    with user_errors():
+        from vlmaccel.evals import demo as work
+        from vlmaccel.evals import demo_report
+
+        start = time.monotonic()
+        with _progress() as progress:
+            result = work.run(progress, questions, full, seed, model or work.CHECKPOINT)
+            paths = demo_report.write(result, out)
+        _show(demo_report.table(result.report), *demo_report.notes(result.report))
+        _show(f"\nwrote {', '.join(map(str, paths))} in {time.monotonic() - start:.0f} s")
+
+
+@evals.command()
+def vqa(
+    model: Annotated[str, typer.Option(help="Local directory or hub id.")],
+    data: Annotated[str, typer.Option(help="easy-vqa, collage, or a JSONL file of image, question, answers.")],
+    method: Method = None,
+    option: Options = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    instruction: Annotated[str, typer.Option(help="Put behind every question.")] = "",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="For accelerate, instead of --device.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the answers; go on from it if it exists.")] = None,
+) -> None:
+    """Ask a model all questions of a data set: VQA accuracy and exact match."""
+    with user_errors():
+        import vlmaccel
+        from vlmaccel.evals.vqa import evaluate, load
+        from vlmaccel.evals.vqa_data import read_samples
+        from vlmaccel.evals.vqa_report import table
+        from vlmaccel.methods import make
+
+        chosen = make(method, **parse_options(option)) if method else None
+        if option and not method:
+            raise ValueError("--option goes with --method")
+        samples = read_samples(data)[:limit]
+        loaded, processor = load(model, dtype, device, device_map)
+        if chosen:
+            vlmaccel.patch(loaded, chosen)
+        settings = {"model": model, "method": repr(chosen) if chosen else "none", "data": data}
+        with _progress() as progress:
+            progress.start("answering", len(samples))
+            result = evaluate(
+                loaded,
+                processor,
+                samples,
+                batch_size,
+                max_new_tokens,
+                out,
+                instruction,
+                settings,
+                progress.advance,
+            )
+        _show(table(result))
+
+
+@app.command()
+def bench(
+    shape: Annotated[str, typer.Option(help="Named model shape.")] = "llava-1.5-7b",
+    method: Method = "pyramiddrop",
+    option: Options = None,
+    depth: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 4,
+    vision_depth: Annotated[int, typer.Option(min=1, help="Layers of the vision tower.")] = 2,
+    text_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that count.")] = 5,
+    dtype: Annotated[str | None, typer.Option(help="Default: float32 on a CPU, else bfloat16.")] = None,
+    device: Annotated[str, typer.Option()] = "cpu",
+    attn: Annotated[str, typer.Option(help="Attention implementation.")] = "sdpa",
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Ratio 1: the overhead of being patched.")] = False,
+    include_tower: Annotated[bool, typer.Option("--include-tower", help="Start from pixels.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """Patched against unpatched on a model of a real shape with random weights."""
+    with user_errors():
+        from vlmaccel.evals.bench import render, run_bench
+
+        with _progress() as progress:
+            progress.start("", 0)
+            result = run_bench(
+                shape,
+                method,
+                parse_options(option),
+                depth=depth,
+                vision_depth=vision_depth,
+                text_tokens=text_tokens,
+                batch=batch,
+                new_tokens=new_tokens,
+                repeats=repeats,
+                dtype=dtype,
+                device=device,
+                attn_implementation=attn,
+                keep_all=keep_all,
+                include_tower=include_tower,
+                progress=lambda text: progress.start(text, 0),
+            )
+        _show(render(result))
+        if out:
+            result.save(out)
+            _show(f"wrote {out}")
+
+
+@app.command()
+def methods() -> None:
+    """What `--method` can be."""
+    with user_errors():
+        import vlmaccel
+
+        _show(_two_columns("method", vlmaccel.methods()))
+
+
+@app.command()
+def adapters() -> None:
+    """Models that can be patched."""
+    with user_errors():
+        import vlmaccel
+
+        _show(_two_columns("adapter", vlmaccel.adapters()))
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, Any]:
+    """key=value pairs; values are Python literals (0.5, None, 1,3,4), or else text."""
+    options: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"--option takes key=value, e.g. ratio=0.5, not {pair!r}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What a user can mend is said in one line, exit code 2; VLMACCEL_TRACEBACK=1 shows where it came from."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
+        if os.environ.get("VLMACCEL_TRACEBACK"):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"vlmaccel: {lines[0]}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+class _Bar:
+    """A progress bar that starts anew with every part of the work."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+        self.task: Any = None
+
+    def start(self, what: str, total: int) -> None:
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+        self.task = self.bar.add_task(what, total=total or None)
+
+    def advance(self, count: int) -> None:
+        self.bar.advance(self.task, count)
+
+
+@contextmanager
+def _progress() -> Iterator[_Bar]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _Bar(bar)
+
+
+def _show(*parts: Any) -> None:
+    from rich.console import Console
+
+    # a file or a pipe has no width of its own: the widest table fits into this
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    for part in parts:
+        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+
+
+def _two_columns(name: str, lines: dict[str, str]) -> Any:
+    from rich.table import Table
+
+    table = Table(name, "", box=None, padding=(0, 2))
+    for key, line in lines.items():
+        table.add_row(key, line)
+    return table
+
+
+if __name__ == "__main__":
+    app()

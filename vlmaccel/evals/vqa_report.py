@@ -1,0 +1,38 @@
+"""The table that `vlmaccel eval vqa` prints."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from vlmaccel.evals.vqa import Score, VQAResult
+
+
+def table(result: VQAResult) -> Table:
+    """Accuracies by kind of question, and what the prompts cost if the model is patched."""
+    settings, cost = result.settings, result.cost()
+    caption = ""
+    if cost:
+        caption = (
+            f"visual tokens: {cost['visual_tokens']:.1f} of {cost['nominal_visual_tokens']:.1f}, mean over the layers; "
+            f"decoder prefill FLOPs: {cost['flops'] / cost['flops_full']:.1%}; "
+            f"KV cache of a question: {cost['kv_bytes']:,.0f} of {cost['kv_bytes_full']:,.0f} bytes"
+        )
+    made = Table(
+        title=f"{settings['model']}, {settings.get('method', '')}, {settings.get('data', '')}",
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+    )
+    made.add_column("kind")
+    for name in ("questions", "VQA accuracy", "exact match"):
+        made.add_column(name, justify="right")
+    kinds = result.by_kind()
+    for kind, score in kinds.items() if len(kinds) > 1 else ():
+        made.add_row(kind or "-", *_cells(score))
+    made.add_section()
+    made.add_row("all", *_cells(result.score))
+    return made
+
+
+def _cells(score: Score) -> tuple[str, ...]:
+    return str(score.count), f"{100 * score.accuracy:.2f}", f"{100 * score.exact_match:.2f}"
