@@ -109,27 +109,28 @@ def image_token_map(special: Tensor, lengths: list[int], grids: list[Tensor]) ->
     """Token map of a batch whose image tokens are `special` (B, N) bool.
 
     lengths: tokens of each picture, over the batch in order; grids: (length, 3) place of each picture's tokens.
+    Chunked prefill gives what a chunk has of all pictures in one piece; it is taken apart where the tokens are.
     Raises ValueError if the pictures do not fill the image tokens, sample by sample.
     """
+    if len(lengths) == 1 and lengths[0] == int(special.sum()):
+        lengths = run_lengths(special)
     batch, n = special.shape
-    per_sample = special.sum(1).tolist()
-    images = iter(enumerate(lengths))
     number: list[int] = []
-    for sample, wanted in enumerate(per_sample):
+    left = list(lengths)
+    for sample, wanted in enumerate(special.sum(1).tolist()):
         filled = count = 0
         while filled < wanted:
-            i, length = next(images, (-1, 0))
-            if i < 0 or filled + length > wanted:
+            if not left or filled + left[0] > wanted:
                 raise ValueError(
-                    f"sample {sample} has {wanted} image tokens, which the pictures given ({lengths} tokens each, "
-                    f"in order over the batch) do not fill: give each sample its pictures, one image token per feature"
+                    f"sample {sample} has {wanted} image tokens, which the pictures given (of {lengths} tokens, in order "
+                    f"over the batch) do not fill: each sample needs one image token per feature of its pictures"
                 )
-            number += [count] * length
-            filled, count = filled + length, count + 1
-    left = [i for i, _ in images]
+            number += [count] * left[0]
+            filled, count = filled + left.pop(0), count + 1
     if left:
         raise ValueError(
-            f"{len(lengths)} pictures were given, but the image tokens of the prompts are filled by {left[0]}"
+            f"{len(lengths)} pictures were given, but the image tokens of the prompts are filled by "
+            f"{len(lengths) - len(left)}"
         )
     tokens = TokenMap.text(batch, n, special.device)
     modality = tokens.modality.masked_fill(special, int(Modality.IMAGE))
@@ -138,3 +139,9 @@ def image_token_map(special: Tensor, lengths: list[int], grids: list[Tensor]) ->
     if grids:
         grid[special] = torch.cat(grids).to(special.device)
     return TokenMap(modality, image, grid)
+
+
+def run_lengths(special: Tensor) -> list[int]:
+    """Lengths of the runs of neighbouring true entries of (B, N) bool, sample by sample."""
+    edges = torch.nn.functional.pad(special.int(), (1, 1)).diff()
+    return (edges.eq(-1).nonzero()[:, 1] - edges.eq(1).nonzero()[:, 1]).tolist()

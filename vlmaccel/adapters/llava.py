@@ -13,13 +13,14 @@ from vlmaccel.adapters.base import Adapter, Parts, image_token_map
 from vlmaccel.adapters.text import decoder_parts
 from vlmaccel.hooks import Method
 from vlmaccel.methods import PyramidDrop
-from vlmaccel.run import TokenMap
+from vlmaccel.run import Modality, TokenMap
 
 CLASSES = tuple(
     f"{family}{head}"
     for family in ("Llava", "LlavaNext", "LlavaOnevision")
     for head in ("ForConditionalGeneration", "Model")
 )
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class LlavaAdapter(Adapter):
@@ -41,29 +42,38 @@ class LlavaAdapter(Adapter):
 
     def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:
         inputs = encode_pictures(base, inputs)
-        pictures = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        if pictures is None:
-            return inputs, None
-        features = list(pictures.pooler_output)
-        grids = [patch_grid(base, f) for f in features]
-        return inputs, image_token_map(image_tokens(base, inputs), [len(f) for f in features], grids)
+        encoded = inputs.get("mm_encoder_outputs") or {}
+        tokens = None
+        if encoded.get("image") is not None:
+            features = list(encoded["image"].pooler_output)
+            grids = [patch_grid(base, f) for f in features]
+            tokens = image_token_map(placeholders(base, inputs, "image"), [len(f) for f in features], grids)
+        if encoded.get("video") is not None:
+            special = placeholders(base, inputs, "video")
+            tokens = tokens or TokenMap.text(special.shape[0], special.shape[1], special.device)
+            modality = tokens.modality.masked_fill(special, int(Modality.VIDEO))
+            tokens = TokenMap(modality, tokens.image, tokens.grid)
+        return inputs, tokens
 
 
 def encode_pictures(base: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Run the vision tower as `generate` does, so that one route tells every picture's number of tokens."""
-    if inputs.get("pixel_values") is None or inputs.get("mm_encoder_outputs") is not None:
+    if inputs.get("mm_encoder_outputs") is not None:
         return inputs
-    if inputs["pixel_values"].shape[0] == 0:
+    encoded = {}
+    for modality, pixels in PIXELS.items():
+        if inputs.get(pixels) is not None and inputs[pixels].shape[0] > 0:
+            encoder = getattr(base, f"get_{modality}_features")
+            wanted = [name for name in inspect.signature(encoder).parameters if name != "kwargs"]
+            encoded[modality] = encoder(**{name: inputs[name] for name in wanted if name in inputs}, return_dict=True)
+    if not encoded:
         return inputs
-    wanted = inspect.signature(base.get_image_features).parameters
-    given = {name: inputs[name] for name in wanted if name != "kwargs" and name in inputs}
-    outputs = base.get_image_features(**given, return_dict=True)
-    return {**inputs, "pixel_values": None, "mm_encoder_outputs": {"image": outputs}}
+    return {**inputs, **dict.fromkeys(set(PIXELS.values()) & set(inputs)), "mm_encoder_outputs": encoded}
 
 
-def image_tokens(base: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """(B, N) bool, the places that the model fills with image features."""
-    token = base.config.image_token_id
+def placeholders(base: nn.Module, inputs: dict[str, Any], modality: str) -> Tensor:
+    """(B, N) bool, the places that the model fills with the features of images or videos."""
+    token = getattr(base.config, f"{modality}_token_id")
     if inputs.get("input_ids") is not None:
         return inputs["input_ids"] == token
     embeds = inputs["inputs_embeds"]

@@ -25,7 +25,7 @@ def physical_mask(
     if mask is None and columns.size is None and (window is None or past + length <= window):
         return None
     if mask is None:
-        mask = causal_mask(rows, columns.index, past, window)
+        mask = causal_mask(rows, per_head(columns.index, heads), past, window)
     elif not isinstance(mask, Tensor):
         raise NotImplementedError(
             f"token reduction cannot use the {type(mask).__name__} mask of this attention implementation; "
@@ -47,7 +47,7 @@ def physical_mask(
 
 
 def causal_mask(rows: Tensor, index: Tensor, past: int, window: int | None) -> Tensor:
-    """(B, G, n, m) bool: the new tokens `rows` (B, n) may see the slots `index` (B, G, m) that are not after them."""
+    """(B, H, n, m) bool: the new tokens `rows` (B, n) may see the slots `index` (B, H, m) that are not after them."""
     query = rows[:, None, :, None] + past
     seen = index[:, :, None] <= query
     return seen if window is None else seen & (index[:, :, None] > query - window)

@@ -50,6 +50,6 @@ class LayerScores:
         view = self._view
         if view.mask is not None and view.mask.ndim == 4:
             return gather(view.mask, rows, 2)
-        causal = causal_mask(gather(view.rows, rows), view.columns.index, self._past, view.window)
-        causal = per_head(causal.flatten(2), heads).unflatten(2, causal.shape[2:])
+        index = per_head(view.columns.index, heads)
+        causal = causal_mask(gather(view.rows, rows), index, self._past, view.window)
         return causal if view.mask is None else causal & (view.mask > 0)[:, None, None, :]

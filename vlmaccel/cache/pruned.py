@@ -138,8 +138,9 @@ class PrunedLayer(DynamicLayer):
             return reduction.apply(x, size).transpose(1, 2).reshape(batch, kv_heads, -1, x.shape[-1])
 
         self.keys, self.values = shrink(self.keys), shrink(self.values)
-        kept = slots.take(reduction.keep.view(batch, groups, -1))
-        self._slots = replace(kept, size=reduction.total(size).view(batch, groups, -1))
+        kept, total = slots.take(reduction.keep.view(batch, groups, -1)), reduction.total(size)
+        plain = bool((total == 1).all())
+        self._slots = replace(kept, size=None if plain else total.view(batch, groups, -1))
 
     def get_seq_length(self) -> int:
         """Logical length: every token seen, kept or not."""

@@ -17,10 +17,10 @@ def score_rows(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> Tensor
     batch, heads, rows, dim = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
-    logits = (grouped @ key.transpose(2, 3)).float().view(batch, heads, rows, -1) * scale
+    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, rows, -1).float().mul(scale)
     if mask.dtype != torch.bool:
         allowed = mask > torch.finfo(mask.dtype).min / 2
-        logits = logits + mask.float().masked_fill(~allowed, 0)
+        logits += mask.float().masked_fill(~allowed, 0)
         mask = allowed
-    probabilities = logits.masked_fill(~mask, float("-inf")).softmax(-1)
-    return torch.where(mask.any(-1, keepdim=True), probabilities, 0.0)
+    probabilities = logits.masked_fill_(~mask, float("-inf")).softmax(-1)
+    return probabilities.masked_fill(~mask.any(-1, keepdim=True), 0.0)

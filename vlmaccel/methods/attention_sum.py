@@ -16,7 +16,7 @@ from vlmaccel.hooks import Attention, DecoderLayer
 from vlmaccel.methods.selection import SingleStage, check_layer, to_logical, to_remaining
 from vlmaccel.run import Modality
 
-ROWS = 64  # rows of attention that exist at a time
+ROWS = 64  # rows of attention that exist at a time, or an eighth of all if that is less
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ class AttentionSum(SingleStage):
         super().__post_init__()
 
     def attention_layers(self, depth: int) -> Sequence[int]:
-        return range(self.layer)
+        return range(self.layer) if self.ratio < 1 else ()
 
     def attention(self, at: Attention) -> None:
         real = at.tokens.modality != Modality.PAD
+        n = real.shape[1]
         total = torch.zeros(real.shape, device=at.hidden.device)
-        for rows in torch.arange(real.shape[1], device=real.device).split(ROWS):
+        for rows in torch.arange(n, device=real.device).split(min(ROWS, max(1, n // 8))):
             attention = at.scores.rows(rows.expand(real.shape[0], -1)).mean(1)
             total += (attention * real[:, rows, None].to(attention.device)).sum(1)
         seen_by = real.flip(1).cumsum(1).flip(1).clamp(min=1)

@@ -39,7 +39,7 @@ class FastV(SingleStage):
         super().__post_init__()
 
     def attention_layers(self, depth: int) -> Sequence[int]:
-        return (self.layer - 1,)
+        return (self.layer - 1,) if self.ratio < 1 else ()
 
     def count(self, n: Tensor, ratio: float) -> Tensor:
         return at_least_one((n.double() * ratio).round().long(), ratio)
