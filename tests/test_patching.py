@@ -209,7 +209,10 @@ class InVision(Method):
 
 
 def test_a_method_is_told_what_is_wrong_with_it():
-    with vlmaccel.patched(build("llama"), WrongShape()) as model, pytest.raises(ValueError, match=r"of \(1, 3\) tokens"):
+    with (
+        vlmaccel.patched(build("llama"), WrongShape()) as model,
+        pytest.raises(ValueError, match=r"of \(1, 3\) tokens"),
+    ):
         model(**inputs("llama", 1))
     with pytest.raises(NotImplementedError, match="acts at vision_block, which the adapter 'text' does not have"):
         vlmaccel.patch(build("llama"), InVision())
@@ -245,7 +248,7 @@ class AnyLlama(base.Adapter):
 
         return decoder_parts(model.model, model.model)
 
-    def default(self):
+    def default(self, depth):
         return KeepLast()
 
 

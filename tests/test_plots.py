@@ -26,9 +26,7 @@ def texts(figure):
 
 
 def test_accuracy_plot_labels_every_line():
-    curves = {
-        name: [Point(0.6, 0.9 - i / 100), Point(0.4, 0.8 - i / 1000, 0.02)] for i, name in enumerate(NAMES)
-    }
+    curves = {name: [Point(0.6, 0.9 - i / 100), Point(0.4, 0.8 - i / 1000, 0.02)] for i, name in enumerate(NAMES)}
     figure = accuracy_plot(curves, 0.95, "collage", "FLOPs", "accuracy")
     figure.draw_without_rendering()
     labels = texts(figure)
@@ -44,9 +42,7 @@ def test_accuracy_plot_labels_every_line():
 
 def test_accuracy_plot_draws_in_percent_and_in_order():
     figure = accuracy_plot({"fastv": [Point(0.6, 0.9), Point(0.4, 0.8)]}, 0.95, "", "", "")
-    line = next(
-        line for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and line.get_marker() != "None"
-    )
+    line = next(line for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and line.get_marker() != "None")
     assert line.get_xdata() == pytest.approx([40, 60])
     assert line.get_ydata() == pytest.approx([80, 90])
 
@@ -67,9 +63,7 @@ def picture():
 
 def stats_of(picture, method, **options):
     model, processor = tiny_llava()
-    chat = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is there a red shape?"}]}
-    ]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is there a red shape?"}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=picture, text=text, return_tensors="pt")
     with vlmaccel.patched(model, method, **options), torch.inference_mode():
@@ -94,15 +88,14 @@ def test_survivors_of_dropping(picture):
     listed = stats.stages[1].keep[0] - 3
     listed = listed[(listed >= 0) & (listed < TOKENS)]
     assert sorted(listed.tolist()) == kept[1].flatten().nonzero()[0].tolist()
-    faded = blocks(stages[1][1])[~kept[1]]
-    assert (faded >= original[~kept[1]]).all() and faded.min() > 200
+    assert blocks(stages[1][1])[~kept[1]].max() < 100
 
 
 def test_survivors_of_merging(picture):
     ((layer, pixels),) = survivors(stats_of(picture, "pool", layer=1, ratio=0.25), picture)
     assert layer == 1
     shown, original = blocks(pixels), blocks(picture)
-    assert np.abs(shown[:2, :2] - original[:2, :2].mean((0, 1))).max() <= 0.5
+    assert np.abs(shown[:2, :2] - original[:2, :2].mean((0, 1, 2, 3))).max() <= 0.5
     assert len(np.unique(shown.reshape(TOKENS, -1), axis=0)) == TOKENS // 4
 
 
@@ -114,9 +107,7 @@ def test_survivors_needs_a_picture(picture):
 
 def test_survivors_plot(tmp_path):
     picture = np.zeros((16, 16, 3), np.uint8)
-    figure = survivors_plot(
-        [("is it red? no", [Panel("original", picture)] * 3), ("two", [Panel("a", picture)])]
-    )
+    figure = survivors_plot([("is it red? no", [Panel("original", picture)] * 3), ("two", [Panel("a", picture)])])
     path = save(figure, tmp_path / "patches.png")
     assert Image.open(path).size[0] > 500
     shown = [axes for part in figure.subfigs for axes in part.axes if axes.images]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from torch import nn
 from vlmaccel.adapters.base import all_adapters, find_adapter
 from vlmaccel.adapters.install import Patch
 from vlmaccel.hooks import Method
-from vlmaccel.methods import make, registry
+from vlmaccel.methods import check_options, make, registry
 from vlmaccel.stats import Stats, stats_of
 
 MARK = "_vlmaccel"  # where a patched model keeps its Patch, so that a copy of the model finds its own
@@ -32,7 +34,12 @@ def patch(model: nn.Module, method: MethodLike = None, **options: object) -> nn.
     """
     target = _unwrapped(model)
     adapter = find_adapter(target)
-    new = _methods(method, options, adapter.default)
+    if method is None:
+        default = adapter.default(len(adapter.parts(target).layers))
+        check_options(type(default), options)
+        new: tuple[Method, ...] = (replace(default, **options),)  # type: ignore[type-var]
+    else:
+        new = _methods(method, options)
     old: Patch | None = getattr(target, MARK, None)
     before = () if old is None else old.methods
     for i, added in enumerate(new):
@@ -97,7 +104,8 @@ def _install(model: nn.Module, wanted: tuple[Method, ...]) -> None:
     if new is not None:
         new.install(model)
         setattr(model, MARK, new)
-    torch._dynamo.reset()  # compiled code does not look whether hooks have come or gone
+    if "torch._dynamo" in sys.modules:  # compiled code does not look whether hooks have come or gone
+        torch.compiler.reset()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -105,12 +113,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _methods(method: MethodLike, options: dict[str, object], default: type[Method] | object) -> tuple[Method, ...]:
+def _methods(method: MethodLike, options: dict[str, object]) -> tuple[Method, ...]:
     if isinstance(method, str):
         return (make(method, **options),)
-    if method is None:
-        recipe = default()  # type: ignore[operator]
-        return (make(recipe.name, **{**vars(recipe), **options}),)
     if options:
         raise TypeError(
             f"options ({', '.join(options)}) go with a method's name; give them to the Method itself instead"

@@ -19,7 +19,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vPX*"
 BASELINES = {"random": "-", "uniform": "--", "pool": ":"}
 GREY = "#6e6e6e"
-DIMMED = 0.82  # how far a dropped patch fades to white
+DARK, DIMMED = 45.0, 0.8  # how dark, and how far a dropped patch goes there
 
 
 class Point(NamedTuple):
@@ -108,7 +108,7 @@ def _label_lines(axes: Axes, labels: list[tuple[float, float, str, str]]) -> Non
 def survivors(stats: Stats, picture: Image.Image, sample: int = 0, image: int = 0) -> list[tuple[int, np.ndarray]]:
     """What is left of a picture at every stage: (decoder layer, uint8 pixels (H, W, 3)).
 
-    Dropped patches fade; patches that were merged show the average of their group.
+    Dropped patches are dark; patches that were merged have the mean color of their group.
 
     stats: of the prefill. sample, image: number of the sample in the batch, and of the picture in the sample.
     picture: as the model saw it (cropped, if its processor crops).
@@ -127,9 +127,10 @@ def survivors(stats: Stats, picture: Image.Image, sample: int = 0, image: int = 
     result = []
     for stage in stats.stages:
         group = stage.group[sample, index].cpu().numpy()
-        shown = blocks + DIMMED * (255 - blocks)
-        for slot in np.unique(group[group >= 0]):
-            shown[group == slot] = blocks[group == slot].mean(0)
+        shown = blocks + DIMMED * (DARK - blocks)
+        for slot, members in zip(*np.unique(group[group >= 0], return_counts=True), strict=True):
+            together = blocks[group == slot]
+            shown[group == slot] = together if members == 1 else together.mean((0, 1, 2))
         grid = np.full((rows, columns, patch, patch, 3), 255.0)
         grid[row, column] = shown
         whole = grid.swapaxes(1, 2).reshape(rows * patch, columns * patch, 3)

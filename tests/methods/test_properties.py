@@ -264,3 +264,17 @@ def test_any_lengths_budgets_and_paddings(lengths, ratio, layer, name, positions
         for b, prompt in enumerate(prompts):
             one = model(input_ids=torch.tensor([prompt])).logits[0, -1]
             assert torch.allclose(logits[b], one, atol=5e-5)
+
+
+@every_method
+@torch.no_grad()
+def test_padding_on_the_right_is_no_different(method):
+    model = build("qwen3")
+    prompts = [torch.randint(2, 100, (n,), generator=torch.Generator().manual_seed(n)) for n in (17, 11)]
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=PAD)
+    mask = (torch.arange(17) < torch.tensor([[17], [11]])).long()
+    with vlmaccel.patched(model, method):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        for b, prompt in enumerate(prompts):
+            one = model(input_ids=prompt[None]).logits[0, -1]
+            assert torch.allclose(logits[b, len(prompt) - 1], one, atol=3e-5)

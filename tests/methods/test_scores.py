@@ -107,9 +107,7 @@ def test_neighbour_cosine_is_the_mean_over_the_window():
         for segment in segments:
             for j, i in enumerate(segment):
                 near = [
-                    segment[k]
-                    for k in range(9)
-                    if k != j and abs(k // 3 - j // 3) <= 1 and abs(k % 3 - j % 3) <= 1
+                    segment[k] for k in range(9) if k != j and abs(k // 3 - j // 3) <= 1 and abs(k % 3 - j % 3) <= 1
                 ]
                 redundancy[i] = torch.stack([x[i] @ x[k] for k in near]).mean()
         counts = [max(1, len(s) // 2) for s in segments]

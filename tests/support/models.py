@@ -182,7 +182,7 @@ _LAYOUTS: list[tuple[list[Any], list[tuple[int, int]]]] = [
 def picture_tokens(kind: str, size: tuple[int, int], together: int = 1) -> int:
     """Placeholders that one picture of (height, width) needs in a sample that has `together` pictures."""
     side = SIDE // PATCH
-    if kind.startswith("llava-clip") or kind.startswith("llava-siglip"):
+    if kind.startswith(("llava-clip", "llava-siglip")):
         return side * side
     if kind == "llava-onevision" and together > 1:
         return side * side + 1

@@ -50,8 +50,8 @@ class Adapter:
         """Find the parts; raises NotImplementedError naming what is missing."""
         raise NotImplementedError
 
-    def default(self) -> Method:
-        """The recipe of `patch(model)`."""
+    def default(self, depth: int) -> Method:
+        """The recipe of `patch(model)` for a decoder of `depth` layers."""
         raise NotImplementedError
 
     def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:

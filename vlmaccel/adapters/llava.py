@@ -37,7 +37,7 @@ class LlavaAdapter(Adapter):
         base = model if hasattr(model, "language_model") else model.model
         return decoder_parts(base, base.language_model)
 
-    def default(self) -> Method:
+    def default(self, depth: int) -> Method:
         return PyramidDrop()
 
     def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:

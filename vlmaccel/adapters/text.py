@@ -55,8 +55,9 @@ class TextAdapter(Adapter):
         text = self._stack(model)
         return decoder_parts(text, text)
 
-    def default(self) -> Method:
-        return FastV(layer=2, ratio=0.75)
+    def default(self, depth: int) -> Method:
+        # half way down, not after two layers as for pictures: until there text tokens still read one another
+        return FastV(layer=max(1, depth // 2), ratio=0.75)
 
     @staticmethod
     def _stack(model: nn.Module) -> nn.Module:

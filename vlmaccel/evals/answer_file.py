@@ -23,9 +23,7 @@ class AnswerFile:
         text = path.read_bytes() if path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]
         if whole:
-            self._read(
-                path, whole.decode("utf-8", errors="replace").splitlines(), json.loads(header)[_HEADER]
-            )
+            self._read(path, whole.decode("utf-8", errors="replace").splitlines(), json.loads(header)[_HEADER])
         elif text and not header.encode().startswith(text):
             raise ValueError(f"{path} is not a file of answers; name another one")
         self._file = path.open("ab")
@@ -45,9 +43,7 @@ class AnswerFile:
             if number > 1:
                 self.rows.append(row)
             elif row[_HEADER] != settings:
-                raise ValueError(
-                    f"{path} was made with {_difference(row[_HEADER], settings)}; name another file"
-                )
+                raise ValueError(f"{path} was made with {_difference(row[_HEADER], settings)}; name another file")
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows, each with an `id`, and hand them to the operating system at once."""
@@ -64,6 +60,4 @@ class AnswerFile:
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     names = [name for name in (*ours, *theirs) if theirs.get(name) != ours.get(name)]
-    return " and ".join(
-        f"{name} {theirs.get(name)!r} instead of {ours.get(name)!r}" for name in dict.fromkeys(names)
-    )
+    return " and ".join(f"{name} {theirs.get(name)!r} instead of {ours.get(name)!r}" for name in dict.fromkeys(names))

@@ -166,9 +166,7 @@ def faster_dtype(model: Any, processor: Any, samples: Sequence[VQASample]) -> to
     return best
 
 
-def times(
-    model: Any, processor: Any, sample: VQASample, chosen: Sequence[Variant], progress: Progress
-) -> Measured:
+def times(model: Any, processor: Any, sample: VQASample, chosen: Sequence[Variant], progress: Progress) -> Measured:
     """Time to first token, vision tower included, and time of a decode step, for one question, everything in turn."""
     inputs = {k: v.to(model.device) for k, v in next(prepare(processor, [sample], 1)).inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
@@ -267,9 +265,7 @@ def run(
     return Demo(report, model, processor, data["collage"], chosen)
 
 
-def row(
-    variant: Variant, runs: Sequence[Mapping[str, VQAResult]], base: Mapping[str, VQAResult]
-) -> dict[str, Any]:
+def row(variant: Variant, runs: Sequence[Mapping[str, VQAResult]], base: Mapping[str, VQAResult]) -> dict[str, Any]:
     """What is reported of a variant: means over its runs, and every run on its own."""
     each = [
         scores(results)
@@ -278,10 +274,11 @@ def row(
         for options, results in zip(variant.runs, runs, strict=True)
     ]
     numbers = [name for name, value in each[0].items() if isinstance(value, (int, float))]
-    mean = {name: statistics.fmean(one[name] for one in each) for name in numbers}
-    spread = statistics.stdev(one["core"] for one in each) if len(each) > 1 else 0.0
+    mean: dict[str, Any] = {name: statistics.fmean(one[name] for one in each) for name in numbers}
+    mean["kinds"] = {kind: statistics.fmean(one["kinds"][kind] for one in each) for kind in each[0]["kinds"]}
     mean["flops_ratio"] = mean["flops"] / mean["flops_full"]
-    return {"method": variant.method, "kept": variant.kept, **mean, "core_stdev": spread, "runs": each}
+    mean["core_stdev"] = statistics.stdev(one["core"] for one in each) if len(each) > 1 else 0.0
+    return {"method": variant.method, "kept": variant.kept, **mean, "runs": each}
 
 
 def scores(results: Mapping[str, VQAResult]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from math import sqrt
 from pathlib import Path
@@ -52,16 +53,12 @@ def table(report: Mapping[str, Any]) -> Table:
     for name in COLUMNS:
         result.add_column(name, justify="right", max_width=8)
     base = report["unpatched"]
-    result.add_row(
-        "unpatched", "100 %", *_shares(base | {"loyalty": 1.0}), "1", "1", _kib(base), end_section=True
-    )
+    result.add_row("unpatched", "100 %", *_shares(base | {"loyalty": 1.0}), "1", "1", _kib(base), end_section=True)
     rows = report["rows"]
     for row, after in zip(rows, [*rows[1:], {}], strict=True):
         speed = [f"{row[f'{phase}_speedup']['median']:.2f}x" for phase in ("prefill", "decode")]
         last = row["kept"] != after.get("kept")
-        result.add_row(
-            row["method"], _stages(row, report), *_shares(row), *speed, _kib(row), end_section=last
-        )
+        result.add_row(row["method"], _stages(row, report), *_shares(row), *speed, _kib(row), end_section=last)
     return result
 
 
@@ -74,9 +71,7 @@ def _stages(row: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 def _shares(row: Mapping[str, Any]) -> list[str]:
     kinds = row["kinds"]
     shares = (row["flops_ratio"], row["core"], kinds.get("color-of-shape"), kinds.get("describe"))
-    shown = [
-        "-" if share is None else f"{100 * share:.1f}" for share in (*shares, row["easy"], row["loyalty"])
-    ]
+    shown = ["-" if share is None else f"{100 * share:.1f}" for share in (*shares, row["easy"], row["loyalty"])]
     return [f"{row['visual_tokens']:.0f}", *shown]
 
 
@@ -150,7 +145,8 @@ def _survivors_row(demo: Demo, sample: VQASample, chosen: Sequence[Variant]) -> 
     batch = next(prepare(demo.processor, [sample], 1))
 
     def say() -> str:
-        return next(answer(demo.model, demo.processor, [batch], MAX_NEW_TOKENS))[0].answer
+        text = next(answer(demo.model, demo.processor, [batch], MAX_NEW_TOKENS))[0].answer
+        return textwrap.shorten(text, 12, placeholder="...")
 
     panels = [Panel(f"all: {say()}", np.asarray(picture))]
     for variant in chosen:
@@ -160,4 +156,4 @@ def _survivors_row(demo: Demo, sample: VQASample, chosen: Sequence[Variant]) -> 
         for layer, pixels in left:
             last = layer == left[-1][0]
             panels.append(Panel(f"{variant.method} @ {layer}" + (f": {text}" if last else ""), pixels))
-    return f"{sample.question}  {sample.answers[0]}", panels
+    return f"{sample.question} ({sample.answers[0]})", panels

@@ -114,9 +114,7 @@ def collages(
         image_id = f"collage/{split}/{seed}/{number}"
         for i, question in enumerate(collage_questions(collage.objects, rng, questions, describe)):
             answers = (question.answer,)
-            samples.append(
-                VQASample(f"{image_id}/{i}", image, question.text, answers, question.kind, image_id)
-            )
+            samples.append(VQASample(f"{image_id}/{i}", image, question.text, answers, question.kind, image_id))
     return samples
 
 
@@ -180,8 +178,7 @@ def make_collage(split: str, rng: random.Random, count: int | None = None) -> Co
         shapes[rng.randrange(count)] = single
     cells = rng.sample(range(CELLS), count)
     objects = {
-        cell: Object(color, shape)
-        for cell, color, shape in zip(cells, rng.sample(COLORS, count), shapes, strict=True)
+        cell: Object(color, shape) for cell, color, shape in zip(cells, rng.sample(COLORS, count), shapes, strict=True)
     }
     tiles = np.empty((CELLS, PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
     backgrounds = np.empty((CELLS, 3), np.uint8)

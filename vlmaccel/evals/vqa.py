@@ -103,9 +103,7 @@ class Batch:
     inputs: Mapping[str, Any]
 
 
-def load(
-    model: str, dtype: str = "auto", device: str | None = None, device_map: str | None = None
-) -> tuple[Any, Any]:
+def load(model: str, dtype: str = "auto", device: str | None = None, device_map: str | None = None) -> tuple[Any, Any]:
     """A vision-language model and its processor, from a local directory or a hub id.
 
     dtype: one of `DTYPES`; "auto" is that of the checkpoint. device: the GPU if there is one, else the CPU.
@@ -117,6 +115,8 @@ def load(
         raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     if device and device_map:
         raise ValueError("give either a device or a device map, not both")
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ValueError(f"there is no model directory {model}")
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
     loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=DTYPES[dtype], **options).eval()
     if not device_map:
@@ -124,9 +124,7 @@ def load(
     return loaded, AutoProcessor.from_pretrained(model)
 
 
-def prepare(
-    processor: Any, samples: Sequence[VQASample], batch_size: int, instruction: str = ""
-) -> Iterator[Batch]:
+def prepare(processor: Any, samples: Sequence[VQASample], batch_size: int, instruction: str = "") -> Iterator[Batch]:
     """Batches of model inputs; questions of like pictures and length come together, so that little is padded.
 
     instruction: put behind every question, on a line of its own, e.g. LLaVA-1.5's "Answer the question using a single
@@ -169,9 +167,7 @@ def _chat(sample: VQASample, instruction: str) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def answer(
-    model: Any, processor: Any, batches: Iterable[Batch], max_new_tokens: int
-) -> Iterator[list[Answer]]:
+def answer(model: Any, processor: Any, batches: Iterable[Batch], max_new_tokens: int) -> Iterator[list[Answer]]:
     """The greedy answers to each batch."""
     for batch in batches:
         inputs = {name: _place(value, model) for name, value in batch.inputs.items()}
@@ -243,9 +239,7 @@ def evaluate(
         done = _finished(file.rows, by_id) if file else {}
         report(len(done))
         left = [sample for sample in samples if sample.id not in done]
-        for finished in answer(
-            model, processor, prepare(processor, left, batch_size, instruction), max_new_tokens
-        ):
+        for finished in answer(model, processor, prepare(processor, left, batch_size, instruction), max_new_tokens):
             if file:
                 file.write(dataclasses.asdict(new) for new in finished)
             done |= {new.id: new for new in finished}
@@ -260,8 +254,6 @@ def _finished(rows: Iterable[Mapping[str, Any]], by_id: Mapping[str, VQASample])
         sample = by_id.get(row["id"])
         if sample is not None:
             if row["question"] != sample.question:
-                raise ValueError(
-                    f"the file has an answer to another question {sample.id}: {row['question']!r}"
-                )
+                raise ValueError(f"the file has an answer to another question {sample.id}: {row['question']!r}")
             done[sample.id] = _marked(sample, row["answer"], row["cost"])
     return done

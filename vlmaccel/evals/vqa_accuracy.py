@@ -20,7 +20,9 @@ _PERIOD = re.compile(r"\.(?!\d)")  # not the decimal point of 2.5 or .5
 _ARTICLES = {"a", "an", "the"}
 _DIGITS = {
     word: str(digit)
-    for digit, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])
+    for digit, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
 }
 _DIGITS["none"] = "0"
 
@@ -46,9 +48,7 @@ def normalise(answer: str) -> str:
     answer = _COMMA_IN_NUMBER.sub("", answer)
     answer = _PUNCTUATION.sub(" ", _PERIOD.sub("", answer))
     words = (_DIGITS.get(word, word) for word in answer.split())
-    return " ".join(
-        _CONTRACTION_OF.get(word.replace("'", ""), word) for word in words if word not in _ARTICLES
-    )
+    return " ".join(_CONTRACTION_OF.get(word.replace("'", ""), word) for word in words if word not in _ARTICLES)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:

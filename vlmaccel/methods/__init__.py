@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
 
@@ -39,11 +40,15 @@ def make(name: str, **options: object) -> Method:
     known = registry()
     if name not in known:
         raise ValueError(f"there is no method {name!r}; there are {', '.join(sorted(known))}")
-    method = known[name]
+    check_options(known[name], options)
+    return known[name](**options)
+
+
+def check_options(method: type[Method], options: Iterable[str]) -> None:
+    """Raise TypeError for a hyper-parameter that the method does not have."""
     fields = getattr(method, "__dataclass_fields__", {})
     if unknown := sorted(set(options) - set(fields)):
-        raise TypeError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(fields)}")
-    return method(**options)
+        raise TypeError(f"{method.name} has no option {', '.join(unknown)}; it has {', '.join(fields)}")
 
 
 __all__ = [
@@ -58,6 +63,7 @@ __all__ = [
     "Selection",
     "SingleStage",
     "Uniform",
+    "check_options",
     "make",
     "registry",
 ]

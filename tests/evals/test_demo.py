@@ -1,0 +1,122 @@
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.support.tiny_vqa import DEPTH, TOKENS, tiny_llava
+from vlmaccel.cli import app
+from vlmaccel.evals import demo
+from vlmaccel.evals.demo_report import standard_error
+from vlmaccel.evals.vqa import answer, prepare
+from vlmaccel.methods import make
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_llava()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-llava")
+    model, processor = tiny
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+class Counted:
+    """A progress bar that remembers."""
+
+    def __init__(self):
+        self.parts = [["", 0, 0]]
+
+    def start(self, what, total):
+        self.parts.append([what, total, 0])
+
+    def advance(self, count):
+        self.parts[-1][2] += count
+
+
+def test_methods_are_compared_at_equal_visual_tokens():
+    chosen = demo.variants(6, 576)
+    assert [v.kept for v in chosen[:: len(demo.METHODS)]] == [288, 144, 64]
+    for variant in chosen:
+        for options in variant.runs:
+            stages = make(variant.method, **options).stages(6)
+            wanted = demo.mean_kept({1: variant.kept / 576}, 6)
+            assert demo.mean_kept(stages, 6) == pytest.approx(wanted, abs=2e-4)
+    # (1 + 5/2) / 6 of the tokens: a third is dropped before layer 1, more before 3 and 4
+    assert demo.mean_kept({1: 0.5}, 6) == pytest.approx(3.5 / 6)
+    assert demo.mean_kept({1: 0.5, 3: 0.25, 4: 0.125}, 6) == pytest.approx(2.5 / 6)
+    random = [v for v in chosen if v.method == "random"]
+    assert [[options["seed"] for options in v.runs] for v in random] == [[0, 1, 2]] * 3
+
+
+def test_subset_is_fixed_and_spread():
+    first, second = demo.subset(20, seed=0), demo.subset(20, seed=0)
+    assert [s.id for s in first[0]] == [s.id for s in second[0]]
+    assert len(first[0]) == 20 and len({s.image_id for s in first[0]}) == 4
+    assert len(first[1]) == 5
+    numbers = [int(s.id.split("/")[-1]) for s in first[1]]
+    assert numbers[0] < 1000 and numbers[-1] > 8600
+    assert [s.question for s in demo.subset(20, seed=1)[0]] != [s.question for s in first[0]]
+
+
+def test_encoded_pictures_give_the_same_answers(tiny):
+    model, processor = tiny
+    samples = demo.subset(10, seed=3)[0]
+    task = demo.encode(model, processor, samples, Counted())
+    assert all("pixel_values" not in batch.inputs for batch in task.batches)
+    straight = {a.id: a for batch in answer(model, processor, prepare(processor, samples, 4), 3) for a in batch}
+    encoded = {a.id: a for batch in answer(model, processor, task.batches, 3) for a in batch}
+    assert straight == encoded
+    assert len({a.answer for a in straight.values()}) > 1
+
+
+def test_faster_dtype_leaves_the_model_in_it():
+    model, processor = tiny_llava()
+    best = demo.faster_dtype(model, processor, demo.subset(5, seed=0)[0])
+    assert best in (torch.float32, torch.bfloat16)
+    assert model.dtype == best
+
+
+def test_demo_end_to_end(checkpoint, tmp_path, monkeypatch):
+    for name, value in {"KEPT": (0.5, 0.25), "SEEDS": (0, 1), "TURNS": 1, "MAX_NEW_TOKENS": 2}.items():
+        monkeypatch.setattr(demo, name, value)
+    out = tmp_path / "results"
+    ran = CliRunner().invoke(app, ["demo", "--questions", "8", "--model", str(checkpoint), "--out", str(out)])
+    assert ran.exit_code == 0, ran.output
+    assert "10 collage and 2 easy-VQA questions, a part of the test split" in ran.output
+    lines = [line.strip() for line in ran.output.splitlines()]
+    for method in demo.METHODS:
+        assert sum(line.startswith(method + " ") for line in lines) == 2
+    report = json.loads((out / "demo.json").read_text())
+    assert len(report["rows"]) == 2 * len(demo.METHODS)
+    assert report["questions"] == {"collage": 10, "easy-vqa": 2}
+    assert report["settings"]["seed"] == 0 and report["machine"]["torch"] == torch.__version__
+    base = report["unpatched"]
+    assert base["visual_tokens"] == TOKENS and base["flops_ratio"] == 1
+    for row in report["rows"]:
+        mean = demo.mean_kept({1: row["kept"] / TOKENS}, DEPTH)
+        assert row["visual_tokens"] == pytest.approx(TOKENS * mean, abs=1.5)
+        assert row["flops_ratio"] < 1 and row["kv_bytes"] < base["kv_bytes"]
+        assert 0 <= row["loyalty"] <= 1
+        assert set(row["prefill_speedup"]) == {"median", "low", "high"}
+        assert len(row["runs"]) == (2 if row["method"] == "random" else 1)
+        assert row["core"] == pytest.approx(sum(run["core"] for run in row["runs"]) / len(row["runs"]))
+    for name in ("demo-accuracy.png", "demo-patches.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_demo_errors(tmp_path):
+    with pytest.raises(ValueError, match="at least one question, not 0"):
+        demo.run(Counted(), questions=0)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
+        demo.run(Counted(), checkpoint=tmp_path / "nowhere")
+
+
+def test_standard_error():
+    assert standard_error(0.5, 100) == pytest.approx(0.05)
+    assert standard_error(1, 7) == 0
