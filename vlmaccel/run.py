@@ -68,16 +68,16 @@ class Run:
     """One forward pass of the decoder over `length` new tokens.
 
     tokens: map of the new tokens (B, length).
-    query: (B, Q) int64, index of the last prompt token, or of every token just before an answer in training; -1 unused.
     past: how many tokens the cache had seen before.
+    query: (B, Q) int64, index of the last prompt token, or of every token just before an answer in training; -1 unused.
     may_reduce: whether tokens may be dropped in this forward (it is a prefill, and the cache can hold fewer).
     multimodal: whether the model takes pictures (text-only prompts of such a model too).
     last_only: whether only the last token's output is wanted. labels: (B, length) of training, or None.
     """
 
     tokens: TokenMap
-    query: Tensor
     past: int
+    query: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
     may_reduce: bool = False
     multimodal: bool = False
     last_only: bool = False
@@ -91,6 +91,16 @@ class Run:
     views: dict[Any, Any] = field(default_factory=dict)  # tensors of the full sequence as seen by the current stage
     mask_size: Tensor | None = None  # `size` where attention has to know it: fillers, or proportional attention
     _now: TokenMap | None = None
+
+    def prepare(self, mask: Any, labels: Any, logits_to_keep: Any) -> None:
+        """Find padding and the end of the prompt, before a prefill.
+
+        mask: the decoder's attention mask. labels, logits_to_keep: of the causal language model's call.
+        """
+        self.tokens = mark_padding(self.tokens, mask)
+        self.query = prompt_end(self.tokens, labels, logits_to_keep)
+        self.labels = labels if isinstance(labels, Tensor) else None
+        self.last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
 
     @property
     def length(self) -> int:
@@ -136,3 +146,32 @@ class Run:
         self.mask_size = whole.size if bool(matters.any()) else None
         self.views.clear()
         self.stages.append(Stage(layer, whole.keep, whole.size, whole.group))
+
+
+def mark_padding(tokens: TokenMap, mask: Any) -> TokenMap:
+    """The map with padding marked where the 2-D attention `mask` (B, past + N) is 0; other masks tell nothing of it."""
+    n = tokens.modality.shape[1]
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < n:
+        return tokens
+    padding = (mask[:, -n:] == 0).to(tokens.modality.device)
+    return TokenMap(tokens.modality.masked_fill(padding, int(Modality.PAD)), tokens.image, tokens.grid)
+
+
+def prompt_end(tokens: TokenMap, labels: Any, logits_to_keep: Any) -> Tensor:
+    """(B, Q) int64, the rows whose attention ranks the tokens; -1 where a sample has fewer than Q.
+
+    In generation, the last prompt token: the first row whose logits are asked for, so that candidates of assisted
+    decoding behind it do not count. In training, every token just before an answer (label -100, then another), as
+    PyramidDrop's code does (arXiv 2410.17247).
+    """
+    batch, n = tokens.modality.shape
+    if isinstance(labels, Tensor) and labels.shape == (batch, n):
+        starts = (labels[:, :-1] == -100) & (labels[:, 1:] != -100)
+        count = int(starts.sum(1).max())
+        if count and bool(starts.any(1).all()):
+            index = (~starts).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+            return index.masked_fill(~starts.gather(1, index), -1)
+    end = n - logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep <= n else n - 1
+    real = (tokens.modality != Modality.PAD) & (torch.arange(n, device=tokens.modality.device) <= end)
+    place = torch.arange(1, n + 1, device=tokens.modality.device) * real
+    return (place.amax(1, keepdim=True) - 1).clamp(min=0)

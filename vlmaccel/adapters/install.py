@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmaccel.adapters.base import Adapter, Parts, by_name
-from vlmaccel.adapters.prompt import mark_padding, prompt_end
 from vlmaccel.adapters.scores import LayerScores
-from vlmaccel.adapters.view import View, apply_view, layer_view
+from vlmaccel.adapters.view import View, apply_view, layer_view, renumbered
 from vlmaccel.cache import PrunedLayer, prunable, pruned_layer
 from vlmaccel.hooks import Attention, CacheEntries, DecoderLayer, Method, VisualTokens, hook_points
 from vlmaccel.reduction import Reduction
@@ -131,18 +130,11 @@ class Patch:
         cache, call = inputs.get("past_key_values"), self._local.call or {}
         past = 0 if cache is None else int(cache.get_seq_length())
         tokens = self._local.tokens or TokenMap.text(given.shape[0], given.shape[1], given.device)
-        tokens = mark_padding(tokens, inputs.get("attention_mask"))
-        keep = call.get("logits_to_keep", 0)
         self._local.call = self._local.tokens = None
-        self._local.run = Run(
-            tokens,
-            prompt_end(tokens, call.get("labels"), keep),
-            past,
-            may_reduce=tokens.modality.shape[1] > 1 and self._can_prune(cache),
-            multimodal=self.adapter.multimodal,
-            last_only=isinstance(keep, int) and keep == 1,
-            labels=call.get("labels"),
-        )
+        run = self._local.run = Run(tokens, past, multimodal=self.adapter.multimodal)
+        if run.length > 1 and self._can_prune(cache):
+            run.may_reduce = True
+            run.prepare(inputs.get("attention_mask"), call.get("labels"), call.get("logits_to_keep", 0))
 
     def _can_prune(self, cache: Any) -> bool:
         if cache is None or prunable(cache):
@@ -167,8 +159,11 @@ class Patch:
                 run.memory["view"] = layer_view(run, self.parts, kwargs, held, hidden)
         if run.reduction is not None and cache is not None:
             held = pruned_layer(cache, i)
-        if run.reduction is None and not _needs_view(run, held, kwargs):
-            return None
+        if run.reduction is None and not _needs_mask(run, held, kwargs):
+            # the common decode step: only positions may differ, and the cache counts its slots by itself
+            if not isinstance(held, PrunedLayer) or held.removed is None:
+                return None
+            return args, {**kwargs, "position_embeddings": renumbered(run, self.parts, kwargs, held.removed, hidden)}
         view = layer_view(run, self.parts, kwargs, held, hidden)
         if isinstance(held, PrunedLayer):
             held.expect(view.columns, run.length)
@@ -262,11 +257,11 @@ class Later:
         return self._scores.rows(rows)
 
 
-def _needs_view(run: Run, held: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a layer has to be told what it holds although nothing is dropped in this forward."""
+def _needs_mask(run: Run, held: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a layer needs a mask over what it holds although nothing is dropped in this forward."""
     if not isinstance(held, PrunedLayer):
         return False
-    if kwargs.get("attention_mask") is not None or held.masked or held.removed is not None:
+    if kwargs.get("attention_mask") is not None or held.masked:
         return True
     window = getattr(held, "sliding_window", None)
     return window is not None and run.past + run.length > window

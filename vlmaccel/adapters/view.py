@@ -90,23 +90,33 @@ def _rotary(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of the rows: taken from the model's own, or made anew where positions are renumbered."""
     whole = kwargs["position_embeddings"]
-    if run.reduction is None and removed is None:
+    if run.removed is not None or removed is not None:
+        return renumbered(run, parts, kwargs, removed, hidden)
+    if run.reduction is None:
         return whole
-    key = ("rotary", id(whole), id(removed))
+    key = ("rotary", id(whole))
     if key not in run.views:
-        if run.removed is None and removed is None:
-            made = gather(whole[0], rows), gather(whole[1], rows)
-        else:
-            if kwargs.get("position_ids") is None:
-                raise NotImplementedError(
-                    "this model does not tell its decoder layers the position ids, so they cannot be renumbered; "
-                    'use positions="keep"'
-                )
-            position = gather(kwargs["position_ids"], rows)
-            for lower in (run.removed, removed):
-                position = position if lower is None else position - lower.to(position.device)
-            made = parts.rotary(hidden, position_ids=position)
-        run.views[key] = (whole, removed, made)
+        run.views[key] = (whole, (gather(whole[0], rows), gather(whole[1], rows)))
+    return run.views[key][-1]
+
+
+def renumbered(
+    run: Run, parts: Parts, kwargs: dict[str, Any], removed: Tensor | None, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the remaining new tokens, their positions lowered by what was dropped: in this forward before each
+    of them, and in earlier ones (`removed`, (B, 1))."""
+    position = kwargs.get("position_ids")
+    if position is None:
+        raise NotImplementedError(
+            "this model does not tell its decoder layers the position ids, so they cannot be renumbered; "
+            'use positions="keep"'
+        )
+    key = ("renumbered", id(position), id(removed))
+    if key not in run.views:
+        now = position if run.index is None else gather(position, run.index)
+        for lower in (run.removed, removed):
+            now = now if lower is None else now - lower.to(now.device)
+        run.views[key] = (position, removed, parts.rotary(hidden, position_ids=now))
     return run.views[key][-1]
 
 
