@@ -52,6 +52,8 @@ def test_eval_vqa_writes_and_resumes(checkpoint, tmp_path):
     assert out.read_text().splitlines()[:5] == [json.dumps(line) for line in (settings, *rows)]
     assert len(out.read_text().splitlines()) == 7
 
+    again = run("eval", "vqa", *args, *method, "--limit", "4", "--loyal-to", str(out))
+    assert "loyalty: 100.00%" in again.stdout
     other = run("eval", "vqa", *args, "--limit", "4")
     assert other.exit_code == 2
     assert other.stderr.strip().splitlines()[-1].startswith(f"vlmaccel: {out} was made with method")

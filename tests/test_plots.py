@@ -30,7 +30,7 @@ def test_accuracy_plot_labels_every_line():
     figure = accuracy_plot(curves, 0.95, "collage", "FLOPs", "accuracy")
     figure.draw_without_rendering()
     labels = texts(figure)
-    assert set(labels) == {*NAMES, "unpatched 95.0"}
+    assert set(labels) == {*NAMES, "unpatched\n95.0"}
     # lines that end within a percent of one another still have labels apart
     heights = sorted(Text.get_window_extent(labels[name]).y0 for name in NAMES)
     assert min(np.diff(heights)) >= 0.8 * Text.get_window_extent(labels["fastv"]).height

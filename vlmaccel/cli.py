@@ -24,7 +24,7 @@ Options = Annotated[list[str] | None, typer.Option("--option", help="Hyper-param
 
 @app.command()
 def demo(
-    questions: Annotated[int, typer.Option(help="Collage questions, about; a quarter as many of easy-VQA.")] = 240,
+    questions: Annotated[int, typer.Option(help="Collage questions, about; an eighth as many of easy-VQA.")] = 160,
     full: Annotated[bool, typer.Option("--full", help="All test questions (hours on a CPU).")] = False,
     seed: Annotated[int, typer.Option(help="Of the collages.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the pictures.")] = Path("demo"),
@@ -57,10 +57,12 @@ def vqa(
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
     device_map: Annotated[str | None, typer.Option(help="For accelerate, instead of --device.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the answers; go on from it if it exists.")] = None,
+    loyal_to: Annotated[Path | None, typer.Option(help="File of another run's answers to compare with.")] = None,
 ) -> None:
     """Ask a model all questions of a data set: VQA accuracy and exact match."""
     with user_errors():
         import vlmaccel
+        from vlmaccel.evals.answer_file import read_answers
         from vlmaccel.evals.vqa import evaluate, load
         from vlmaccel.evals.vqa_data import read_samples
         from vlmaccel.evals.vqa_report import table
@@ -69,6 +71,7 @@ def vqa(
         chosen = make(method, **parse_options(option)) if method else None
         if option and not method:
             raise ValueError("--option goes with --method")
+        others = read_answers(loyal_to) if loyal_to else None
         samples = read_samples(data)[:limit]
         loaded, processor = load(model, dtype, device, device_map)
         if chosen:
@@ -87,7 +90,7 @@ def vqa(
                 settings,
                 progress.advance,
             )
-        _show(table(result))
+        _show(table(result, result.loyalty(others) if others else None))
 
 
 @app.command()

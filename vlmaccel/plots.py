@@ -60,15 +60,8 @@ def accuracy_plot(curves: Mapping[str, Sequence[Point]], level: float, title: st
         )
         labels.append((float(x[0]), float(y[0]), name, color))
     left, right = axes.get_xlim()
-    axes.set_xlim(left - 0.28 * (right - left), right)
-    axes.annotate(
-        f"unpatched {100 * level:.1f}",
-        (1, 100 * level),
-        (-4, 4),
-        ("axes fraction", "data"),
-        "offset points",
-        ha="right",
-    )
+    axes.set_xlim(left - 0.28 * (right - left), right)  # room for the names
+    axes.annotate(f"unpatched\n{100 * level:.1f}", (1.01, 100 * level), xycoords=("axes fraction", "data"), va="center")
     _label_lines(axes, labels)
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(xlabel)

@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,8 @@ from PIL import Image
 
 import vlmaccel
 from tests.support.tiny_vqa import DEPTH, TOKENS, tiny_llava
-from vlmaccel.evals.answer_file import AnswerFile
+from vlmaccel.evals import answer_file
+from vlmaccel.evals.answer_file import AnswerFile, read_answers
 from vlmaccel.evals.samples import VQASample
 from vlmaccel.evals.vqa import evaluate, load, prepare
 from vlmaccel.evals.vqa_data import read_jsonl, read_samples
@@ -68,8 +68,8 @@ def test_batches_answer_like_single_prompts(model, processor, samples):
 def test_prompts_are_padded_on_the_left(processor, samples):
     batches = list(prepare(processor, samples, 4))
     assert [len(batch.samples) for batch in batches] == [4, 3]
-    lengths = [len(sample.question) for batch in batches for sample in batch.samples]
-    assert lengths == sorted(lengths)
+    lengths = [n for batch in batches for n in batch.inputs["attention_mask"].sum(1).tolist()]
+    assert lengths == sorted(lengths) and len(set(lengths)) == 2
     for batch in batches:
         mask = batch.inputs["attention_mask"]
         assert (mask.diff(dim=1) >= 0).all()
@@ -95,9 +95,9 @@ def test_scores(model, processor, samples):
     result = evaluate(model, processor, right, max_new_tokens=2)
     assert result.score == (3 / 7, 3 / 7, 7)
     assert result.by_kind() == {"what": (0, 0, 4), "yes/no": (1, 1, 3)}
-    assert result.loyalty(said) == 1
+    assert result.loyalty(said.texts()) == 1
     summary = json.loads(json.dumps(result.summary()))
-    assert summary["kinds"]["yes/no"] == {"accuracy": 1, "exact_match": 1, "count": 3}
+    assert summary["kinds"]["yes/no"] == {"accuracy": 1, "exact_match": 1, "questions": 3}
     assert summary["settings"]["max_new_tokens"] == 2
 
 
@@ -105,9 +105,11 @@ def test_loyalty_counts_answers_that_differ(model, processor, samples):
     first = evaluate(model, processor, samples, max_new_tokens=3)
     other = evaluate(model, processor, samples, max_new_tokens=1)
     same = [a.answer == b.answer for a, b in zip(first.answers, other.answers, strict=True)]
-    assert first.loyalty(other) == sum(same) / 7 < 1
-    with pytest.raises(ValueError, match="the same questions"):
-        first.loyalty(evaluate(model, processor, samples[:2], max_new_tokens=1))
+    assert first.loyalty(other.texts()) == sum(same) / 7 < 1
+    fewer = evaluate(model, processor, samples[:2], max_new_tokens=1)
+    assert fewer.loyalty(other.texts()) == 1
+    with pytest.raises(ValueError, match=r"no other answer to 5 questions, e\.g\. q2"):
+        first.loyalty(fewer.texts())
 
 
 def test_cost_of_a_patched_model(model, processor, samples):
@@ -200,6 +202,18 @@ def test_damaged_answers(tmp_path):
         AnswerFile(path, {})
 
 
+def test_read_answers(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with AnswerFile(path, {}) as file:
+        file.write([{"id": "a", "answer": "yes"}])
+    assert read_answers(path) == {"a": "yes"}
+    with pytest.raises(FileNotFoundError, match="there is no file of answers"):
+        read_answers(tmp_path / "b.jsonl")
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match="is not a file of answers"):
+        read_answers(path)
+
+
 @pytest.mark.parametrize("length", [0, 1, 10])
 def test_a_file_cut_off_in_its_first_line_starts_again(tmp_path, length):
     path = tmp_path / "answers.jsonl"
@@ -213,11 +227,10 @@ def test_a_file_cut_off_in_its_first_line_starts_again(tmp_path, length):
 def test_answers_survive_a_killed_process(tmp_path):
     path = tmp_path / "answers.jsonl"
     code = (
-        "import os, pathlib; from vlmaccel.evals.answer_file import AnswerFile;"
-        f"AnswerFile(pathlib.Path({str(path)!r}), {{}}).write([{{'id': 'a'}}]); os._exit(9)"
+        f"import os, pathlib, runpy; file = runpy.run_path({answer_file.__file__!r})['AnswerFile'];"
+        f"file(pathlib.Path({str(path)!r}), {{}}).write([{{'id': 'a'}}]); os._exit(9)"
     )
-    root = Path(vlmaccel.__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 9
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     assert AnswerFile(path, {}).rows == [{"id": "a"}]
 
 

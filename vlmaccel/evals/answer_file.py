@@ -61,3 +61,13 @@ class AnswerFile:
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     names = [name for name in (*ours, *theirs) if theirs.get(name) != ours.get(name)]
     return " and ".join(f"{name} {theirs.get(name)!r} instead of {ours.get(name)!r}" for name in dict.fromkeys(names))
+
+
+def read_answers(path: Path) -> dict[str, str]:
+    """The answers in a file that an `AnswerFile` wrote, by the question's id."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of answers {path}")
+    first, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] or [{}]
+    if _HEADER not in first:
+        raise ValueError(f"{path} is not a file of answers")
+    return {row["id"]: row["answer"] for row in rows}

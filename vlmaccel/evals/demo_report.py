@@ -17,13 +17,16 @@ from rich import box
 from rich.table import Table
 
 import vlmaccel
-from vlmaccel.evals.demo import MAX_NEW_TOKENS, Demo, Variant
+from vlmaccel.evals.budgets import Variant
+from vlmaccel.evals.demo import MAX_NEW_TOKENS, Demo
 from vlmaccel.evals.samples import VQASample
 from vlmaccel.evals.vqa import answer, prepare
 from vlmaccel.methods import make
 from vlmaccel.plots import Panel, Point, accuracy_plot, save, survivors, survivors_plot
 
 COLUMNS = (
+    "method",
+    "kept @ layer",
     "tokens",
     "FLOPs",
     "collage",
@@ -39,27 +42,43 @@ SHOWN = ("pyramiddrop", "fastv", "neighbour-cosine", "random", "pool")  # in the
 COLLAGES = 3
 
 
-def table(report: Mapping[str, Any]) -> Table:
-    """One line a method and budget; `notes` tell what the columns are."""
-    questions = report["questions"]
-    result = Table(
-        title=f"{questions['collage']} collage and {questions['easy-vqa']} easy-VQA questions, {report['split']}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-    )
-    result.add_column("method", no_wrap=True)
-    result.add_column("kept @ layer")
-    for name in COLUMNS:
-        result.add_column(name, justify="right", max_width=8)
+def cells(report: Mapping[str, Any]) -> list[list[tuple[str, ...]]]:
+    """What is under `COLUMNS`: the unpatched model, then one line a method, in groups of equal budget."""
     base = report["unpatched"]
-    result.add_row("unpatched", "100 %", *_shares(base | {"loyalty": 1.0}), "1", "1", _kib(base), end_section=True)
-    rows = report["rows"]
-    for row, after in zip(rows, [*rows[1:], {}], strict=True):
+    groups = [[("unpatched", "100 %", *_shares(base | {"loyalty": 1.0}), "1", "1", _kib(base))]]
+    kept = None
+    for row in report["rows"]:
+        if row["kept"] != kept:
+            groups.append([])
+            kept = row["kept"]
         speed = [f"{row[f'{phase}_speedup']['median']:.2f}x" for phase in ("prefill", "decode")]
-        last = row["kept"] != after.get("kept")
-        result.add_row(row["method"], _stages(row, report), *_shares(row), *speed, _kib(row), end_section=last)
+        groups[-1].append((row["method"], _stages(row, report), *_shares(row), *speed, _kib(row)))
+    return groups
+
+
+def title(report: Mapping[str, Any]) -> str:
+    questions = report["questions"]
+    return f"{questions['collage']} collage and {questions['easy-vqa']} easy-VQA questions, {report['split']}"
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """The `cells` for a terminal; `notes` tell what the columns are."""
+    result = Table(title=title(report), box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for i, name in enumerate(COLUMNS):
+        result.add_column(name, justify="left" if i < 2 else "right", max_width=None if i < 2 else 8, no_wrap=i == 0)
+    for group in cells(report):
+        for line in group:
+            result.add_row(*line)
+        result.add_section()
     return result
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Table and notes for a README."""
+    rule = ["---", "---", *["--:"] * (len(COLUMNS) - 2)]
+    lines = [COLUMNS, rule, *(line for group in cells(report) for line in group)]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"**{title(report)}**\n\n{rows}\n\n" + "\n".join(f"- {note}" for note in notes(report)) + "\n"
 
 
 def _stages(row: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -83,20 +102,26 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     """What the table's columns are, and what the numbers were measured on."""
     settings, machine, base = report["settings"], report["machine"], report["unpatched"]
     counts = base["counts"]
-    core = sum(count for kind, count in counts.items() if kind != "describe")
+    seeds = max(len(row["runs"]) for row in report["rows"])
+    core = _core(report)
     errors = [100 * standard_error(share, core) for share in (base["core"], 0.6)]
     return [
         f"tokens: visual tokens at a decoder layer's input, mean over {settings['layers']} layers: this is what is made equal",
-        "FLOPs: decoder prefill, percent of unpatched, 4nd^2 + 2n^2d + 3ndm a layer",
+        "FLOPs: decoder prefill, percent of unpatched, 4nd^2 + 2n^2d + 3ndm a layer, without the cost of scoring",
         f"collage: percent right of {core} questions that name one thing; one standard error is {errors[0]:.1f} to {errors[1]:.1f}",
         f"color of: {counts.get('color-of-shape', 0)} of these, 'what color is the circle?', which pruning hurts most",
         f"describe: {counts.get('describe', 0)} descriptions with every word right; easy: easy-VQA, a single big shape, a sanity floor",
         "loyal: collage answers equal to the unpatched model's, right or wrong",
         f"first token, decode: speed against unpatched, one question, in turn, median of {settings['turns']} turns "
         f"({machine['clock']} time); the first token waits for the vision tower too, which nothing here speeds up",
-        f"KV: cache of one question after the prefill, {machine['dtype']}; random: mean of seeds {settings['random_seeds']}",
+        f"KV: cache of one question after the prefill, {machine['dtype']}; random: mean of {seeds} seeds",
         f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']}",
     ]
+
+
+def _core(report: Mapping[str, Any]) -> int:
+    """How many collage questions name one thing."""
+    return sum(count for kind, count in report["unpatched"]["counts"].items() if kind != "describe")
 
 
 def standard_error(share: float, count: int) -> float:
@@ -105,15 +130,13 @@ def standard_error(share: float, count: int) -> float:
 
 
 def write(demo: Demo, out: Path) -> list[Path]:
-    """demo.json, demo-accuracy.png and demo-patches.png in the folder `out`, which is made if it is not there."""
+    """demo.json, demo.md, demo-accuracy.png and demo-patches.png in the folder `out`, which is made if it is not there."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "demo.json"
-    path.write_text(json.dumps(demo.report, indent=2) + "\n")
-    return [
-        path,
-        save(accuracy_chart(demo.report), out / "demo-accuracy.png"),
-        save(patches_chart(demo), out / "demo-patches.png"),
-    ]
+    data, text = out / "demo.json", out / "demo.md"
+    data.write_text(json.dumps(demo.report, indent=2) + "\n", encoding="utf-8")
+    text.write_text(markdown(demo.report), encoding="utf-8")
+    accuracy = save(accuracy_chart(demo.report), out / "demo-accuracy.png")
+    return [data, text, accuracy, save(patches_chart(demo), out / "demo-patches.png")]
 
 
 def accuracy_chart(report: Mapping[str, Any]) -> Figure:
@@ -124,7 +147,7 @@ def accuracy_chart(report: Mapping[str, Any]) -> Figure:
     return accuracy_plot(
         curves,
         report["unpatched"]["core"],
-        f"{report['questions']['collage']} questions about collages, {report['settings']['visual_tokens']} visual tokens",
+        f"{_core(report)} questions about collages, {report['settings']['visual_tokens']} visual tokens",
         "decoder prefill FLOPs, percent of unpatched",
         "accuracy, percent",
     )
@@ -148,12 +171,12 @@ def _survivors_row(demo: Demo, sample: VQASample, chosen: Sequence[Variant]) -> 
         text = next(answer(demo.model, demo.processor, [batch], MAX_NEW_TOKENS))[0].answer
         return textwrap.shorten(text, 12, placeholder="...")
 
-    panels = [Panel(f"all: {say()}", np.asarray(picture))]
+    panels = [Panel(f"all patches\n{say()}", np.asarray(picture))]
     for variant in chosen:
         with vlmaccel.patched(demo.model, make(variant.method, **variant.runs[0])), torch.inference_mode():
             text = say()
             left = survivors(vlmaccel.stats(demo.model), picture)
         for layer, pixels in left:
             last = layer == left[-1][0]
-            panels.append(Panel(f"{variant.method} @ {layer}" + (f": {text}" if last else ""), pixels))
+            panels.append(Panel(f"{variant.method}\nlayer {layer}" + (f": {text}" if last else ""), pixels))
     return f"{sample.question} ({sample.answers[0]})", panels

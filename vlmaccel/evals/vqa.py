@@ -44,11 +44,11 @@ class Answer:
 
 
 class Score(NamedTuple):
-    """Means over `count` questions, 0 to 1."""
+    """Means over `questions` questions, 0 to 1."""
 
     accuracy: float
     exact_match: float
-    count: int
+    questions: int
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,15 @@ class VQAResult:
         known = [answer.cost for answer in self.answers if answer.cost]
         return {name: statistics.fmean(cost[name] for cost in known) for name in COSTS if known}
 
-    def loyalty(self, other: VQAResult) -> float:
-        """Share of the questions that both results answer alike, right or wrong."""
-        theirs = {answer.id: answer.answer for answer in other.answers}
-        if theirs.keys() != {answer.id for answer in self.answers}:
-            raise ValueError("loyalty needs two results of the same questions")
-        return statistics.fmean(answer.answer == theirs[answer.id] for answer in self.answers)
+    def texts(self) -> dict[str, str]:
+        """What was answered, by the question's id."""
+        return {answer.id: answer.answer for answer in self.answers}
+
+    def loyalty(self, other: Mapping[str, str]) -> float:
+        """Share of the questions answered as in `other` (the `texts` of another result), right or wrong."""
+        if missing := self.texts().keys() - other.keys():
+            raise ValueError(f"there is no other answer to {len(missing)} questions, e.g. {min(missing)}")
+        return statistics.fmean(text == other[name] for name, text in self.texts().items())
 
     def summary(self) -> dict[str, Any]:
         """Settings, scores and costs as plain data."""
@@ -125,12 +128,12 @@ def load(model: str, dtype: str = "auto", device: str | None = None, device_map:
 
 
 def prepare(processor: Any, samples: Sequence[VQASample], batch_size: int, instruction: str = "") -> Iterator[Batch]:
-    """Batches of model inputs; questions of like pictures and length come together, so that little is padded.
+    """Batches of model inputs; pictures of a size and questions of a length come together, so that little is padded.
 
     instruction: put behind every question, on a line of its own, e.g. LLaVA-1.5's "Answer the question using a single
     word or phrase."
     """
-    order = sorted(samples, key=lambda sample: (_size(sample), len(sample.question)))
+    order = sorted(samples, key=lambda s: (_size(s), len(processor.tokenizer(s.question)["input_ids"])))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         chats = [_chat(sample, instruction) for sample in batch]

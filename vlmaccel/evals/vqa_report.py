@@ -8,12 +8,12 @@ from rich.table import Table
 from vlmaccel.evals.vqa import Score, VQAResult
 
 
-def table(result: VQAResult) -> Table:
-    """Accuracies by kind of question, and what the prompts cost if the model is patched."""
+def table(result: VQAResult, loyalty: float | None = None) -> Table:
+    """Accuracies by kind of question, what the prompts cost if the model is patched, and the loyalty if it is known."""
     settings, cost = result.settings, result.cost()
-    caption = ""
+    caption = "" if loyalty is None else f"loyalty: {loyalty:.2%} of the answers are those of the other run\n"
     if cost:
-        caption = (
+        caption += (
             f"visual tokens: {cost['visual_tokens']:.1f} of {cost['nominal_visual_tokens']:.1f}, mean over the layers; "
             f"decoder prefill FLOPs: {cost['flops'] / cost['flops_full']:.1%}; "
             f"KV cache of a question: {cost['kv_bytes']:,.0f} of {cost['kv_bytes_full']:,.0f} bytes"
@@ -35,4 +35,4 @@ def table(result: VQAResult) -> Table:
 
 
 def _cells(score: Score) -> tuple[str, ...]:
-    return str(score.count), f"{100 * score.accuracy:.2f}", f"{100 * score.exact_match:.2f}"
+    return str(score.questions), f"{100 * score.accuracy:.2f}", f"{100 * score.exact_match:.2f}"

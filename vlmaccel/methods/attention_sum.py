@@ -21,10 +21,10 @@ ROWS = 64  # rows of attention that exist at a time, or an eighth of all if that
 
 @dataclass(frozen=True)
 class AttentionSum(SingleStage):
-    """Rank by the attention received in the decoder layers before `layer`, summed over layers and queries (mean over
-    heads), divided by the number of queries that can see the token: in a causal model early tokens are seen by more.
+    """Drop once, ranked by the attention received from all tokens in all layers before.
 
-    Costs the query-key half of every attention before `layer` a second time, but never holds more than a few rows.
+    It is summed over layers and queries (mean over heads) and divided by the number of queries that can see the token:
+    in a causal model early tokens are seen by more. Costs the query-key half of every attention before `layer` a second time, but never holds more than a few rows.
     layer (default 2, at least 1), ratio (default 0.5), target, positions: see `SingleStage`.
     """
 

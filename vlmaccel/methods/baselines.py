@@ -16,9 +16,9 @@ SPREAD = (0.7548776662466927, 0.5698402909980532)
 
 @dataclass(frozen=True)
 class Random(SingleStage):
-    """Keep random tokens: the same places of every image of a size, so that a batch equals its samples alone.
+    """Drop at random (baseline).
 
-    seed: which places. layer (default 0, before the decoder), ratio (default 0.5), target, positions: see `SingleStage`.
+    The same places of every image of a size, so that a batch equals its samples alone. seed: which places. layer (default 0, before the decoder), ratio (default 0.5), target, positions: see `SingleStage`.
     """
 
     name = "random"
@@ -34,7 +34,7 @@ class Random(SingleStage):
 
 @dataclass(frozen=True)
 class Uniform(SingleStage):
-    """Keep tokens spread evenly over the patch grid (a low-discrepancy lattice), or over the text.
+    """Keep tokens spread evenly over the patch grid or the text (baseline): a low-discrepancy lattice.
 
     layer (default 0, before the decoder), ratio (default 0.5), target, positions: see `SingleStage`.
     """

@@ -24,7 +24,7 @@ from vlmaccel.methods.selection import (
 
 @dataclass(frozen=True)
 class FastV(SingleStage):
-    """Rank by the attention of decoder layer `layer` - 1: row of the last prompt token, mean over heads.
+    """Drop once, ranked by the attention of the prompt's last token in the layer before (mean over heads).
 
     layer: K of the paper, the number of layers that see every token. Default 2 (section 4.2).
     ratio: kept fraction, 1 - R of the paper; round(N * ratio) tokens stay. Default 0.5 (section 4.2).

@@ -16,7 +16,7 @@ from vlmaccel.methods.selection import SingleStage
 
 @dataclass(frozen=True)
 class Magnitude(SingleStage):
-    """Keep the tokens with the largest L2 norm at the input of `layer`.
+    """Drop once, ranked by the L2 norm of the hidden state, largest kept.
 
     layer (default 2), ratio (default 0.5), target, positions: see `SingleStage`.
     """

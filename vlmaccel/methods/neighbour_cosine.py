@@ -20,9 +20,9 @@ OFFSETS = [(dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr, dc) != (0,
 
 @dataclass(frozen=True)
 class NeighbourCosine(SingleStage):
-    """Keep the tokens that are least like their (up to eight) neighbours in the patch grid, or the two in a line of text.
+    """Drop once, ranked by the mean cosine similarity to the neighbours, least alike kept.
 
-    A token none of whose neighbours is left counts as not redundant.
+    Neighbours are the up to eight around a patch in its grid, or the two beside a token of text. A token none of whose neighbours is left counts as not redundant.
     layer (default 2), ratio (default 0.5, that is 1 - alpha), target, positions: see `SingleStage`.
     """
 

@@ -16,9 +16,9 @@ from vlmaccel.run import Modality
 
 @dataclass(frozen=True)
 class Pool(SingleStage):
-    """Average the tokens in each cell of a coarser grid; a cell stands where its middle token stood.
+    """Merge by averaging the tokens in each cell of a coarser grid (baseline).
 
-    The coarser grid is the one nearest in shape that has at most int(N * ratio) cells, so the count can be a little
+    A cell stands where its middle token stood. The coarser grid is the one nearest in shape that has at most int(N * ratio) cells, so the count can be a little
     below. Newline tokens of a mosaic are averaged with one another. Text, and images without a grid, pool along the line.
 
     layer (default 0, before the decoder), ratio (default 0.5), target, positions: see `SingleStage`.

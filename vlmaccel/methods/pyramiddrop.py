@@ -17,8 +17,10 @@ from vlmaccel.methods.selection import Selection, Target, check_layer, check_rat
 
 @dataclass(frozen=True)
 class PyramidDrop(Selection):
-    """At the input of each stage's layer, rank by that layer's own query of the last prompt token against its own keys
-    (rotary positions included, softmax over the whole row, mean over heads) and keep a shrinking share.
+    """Drop in stages, ranked by the attention of the prompt's last token in each stage's own layer.
+
+    At the input of the layer its own query and keys are worked out (rotary positions included), the softmax goes over
+    the whole row, the mean over heads.
 
     ratio: lambda of the paper, what each stage keeps of the one before. Default 0.5 (section 4.1).
     layers: decoder layers of the stages; default a quarter, half and three quarters of the depth, which is the

@@ -38,6 +38,7 @@ from vlmaccel.training.demo_llava_model import (
     vision,
 )
 
+VISION_BATCH, BINDING_BATCH, JOINT_BATCH = 8, 16, 8
 WARM_UP = 60
 REPORT_EVERY = 50
 # the cell of a collage that every patch lies in
@@ -66,7 +67,10 @@ def train_vision(model: LlavaForConditionalGeneration, steps: int, seed: int) ->
     color_weight = torch.tensor([1.0] * len(COLORS) + [0.3])
 
     def loss(_: float) -> tuple[Tensor, Metrics]:
-        scenes = [enlarge(rng.choice(single)) if rng.random() < 0.15 else make_collage("train", rng) for _ in range(8)]
+        scenes = [
+            enlarge(rng.choice(single)) if rng.random() < 0.15 else make_collage("train", rng)
+            for _ in range(VISION_BATCH)
+        ]
         shapes, colors = (torch.stack(labels) for labels in zip(*map(patch_labels, scenes), strict=True))
         pairs = torch.stack([contained_pairs(scene) for scene in scenes])
         patches, cls = vision(model, to_pixels([scene.pixels for scene in scenes]))
@@ -77,11 +81,10 @@ def train_vision(model: LlavaForConditionalGeneration, steps: int, seed: int) ->
         total = total + F.cross_entropy(color_logits, colors.flatten(), color_weight)
         total = total + 0.3 * F.cross_entropy(to_cell(patches).flatten(0, 1), cells)
         total = total + 2 * F.binary_cross_entropy_with_logits(to_pairs(cls), pairs)
-        shown = shapes.flatten() < len(SHAPES)
-        right = shape_logits.argmax(-1) == shapes.flatten(), color_logits.argmax(-1) == colors.flatten()
+        objects = shapes.flatten() < len(SHAPES)
         return total, {
-            "patch shape": [right[0][shown].float().mean().item()],
-            "patch color": [right[1][shown].float().mean().item()],
+            "patch shape": (shape_logits.argmax(-1) == shapes.flatten())[objects].float().tolist(),
+            "patch color": (color_logits.argmax(-1) == colors.flatten())[objects].float().tolist(),
         }
 
     fit("vision", [*model.model.vision_tower.parameters(), *heads.parameters()], loss, steps, 1.5e-3)
@@ -124,7 +127,7 @@ def train_binding(
         else:
             per_object, background, limit = VISUAL_TOKENS, 16, 112
         visual, positions, dialogues = [], [], []
-        for _ in range(16):
+        for _ in range(BINDING_BATCH):
             easy = rng.random() < max(0.25, 1 - 2.2 * progress)
             scene, picture = rng.choice(pool["single" if rng.random() < 0.1 else "easy" if easy else "hard"])
             kept = some_patches(scene, per_object, background, limit, generator)
@@ -149,11 +152,11 @@ def train_jointly(
     """Everything together, with all 576 visual tokens."""
     rng = random.Random(seed)
     asked = [picture for picture in pictures("train") if picture.questions]
-    positions = torch.arange(VISUAL_TOKENS).expand(8, -1)
+    positions = torch.arange(VISUAL_TOKENS).expand(JOINT_BATCH, -1)
 
     def loss(_: float) -> tuple[Tensor, Metrics]:
         scenes, dialogues = [], []
-        for _ in range(8):
+        for _ in range(JOINT_BATCH):
             picture = rng.choice(asked) if rng.random() < 0.25 else None
             scene = enlarge(picture) if picture else make_collage("train", rng)
             scenes.append(scene)
