@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 from vlmaccel.reduction import Reduction, gather
 
 
-class Modality(IntEnum):
-    """What a token stands for."""
+class Modality:
+    """What a token stands for. Plain integers: torch.compile compares a tensor with an enum as two Python objects."""
 
     PAD = 0
     TEXT = 1
@@ -38,7 +37,7 @@ class TokenMap:
     @classmethod
     def text(cls, batch: int, n: int, device: torch.device | str = "cpu") -> TokenMap:
         """All text."""
-        modality = torch.full((batch, n), int(Modality.TEXT), dtype=torch.int8, device=device)
+        modality = torch.full((batch, n), Modality.TEXT, dtype=torch.int8, device=device)
         outside = torch.full((batch, n), -1, device=device)
         return cls(modality, outside, outside[..., None].expand(-1, -1, 3))
 
@@ -125,7 +124,7 @@ class Run:
         if self._now is None:
             now = self.tokens.at(self.reduction.keep)
             filler = self.reduction.size == 0
-            modality = now.modality.masked_fill(filler, int(Modality.PAD))
+            modality = now.modality.masked_fill(filler, Modality.PAD)
             self._now = TokenMap(modality, now.image.masked_fill(filler, -1), now.grid)
         return self._now
 
@@ -154,7 +153,7 @@ def mark_padding(tokens: TokenMap, mask: Any) -> TokenMap:
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < n:
         return tokens
     padding = (mask[:, -n:] == 0).to(tokens.modality.device)
-    return TokenMap(tokens.modality.masked_fill(padding, int(Modality.PAD)), tokens.image, tokens.grid)
+    return TokenMap(tokens.modality.masked_fill(padding, Modality.PAD), tokens.image, tokens.grid)
 
 
 def prompt_end(tokens: TokenMap, labels: Any, logits_to_keep: Any) -> Tensor:

@@ -95,5 +95,5 @@ def _left(tokens: TokenMap, stage: Stage | None) -> tuple[Tensor, Tensor]:
     """(B,) float counts of the real tokens, and of the visual ones, at a stage."""
     modality = tokens.modality
     if stage is not None:
-        modality = tokens.at(stage.keep).modality.masked_fill(stage.size == 0, int(Modality.PAD))
+        modality = tokens.at(stage.keep).modality.masked_fill(stage.size == 0, Modality.PAD)
     return (modality != Modality.PAD).sum(1).float(), (modality >= Modality.IMAGE).sum(1).float()

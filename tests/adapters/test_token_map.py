@@ -23,7 +23,7 @@ def test_modality_and_image_of_every_token(kind):
     batch = inputs(kind, 3, pad=True)
     tokens = map_of(kind, batch)
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    want = torch.where(mask == 0, int(Modality.PAD), torch.where(ids == IMAGE, int(Modality.IMAGE), int(Modality.TEXT)))
+    want = torch.where(mask == 0, Modality.PAD, torch.where(ids == IMAGE, Modality.IMAGE, Modality.TEXT))
     assert torch.equal(tokens.modality.long(), want)
     assert torch.equal(tokens.image >= 0, ids == IMAGE)
     assert [int(tokens.image[b].max()) + 1 for b in range(3)] == [3, 0, 1]

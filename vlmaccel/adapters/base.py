@@ -133,7 +133,7 @@ def image_token_map(special: Tensor, lengths: list[int], grids: list[Tensor]) ->
             f"{len(lengths) - len(left)}"
         )
     tokens = TokenMap.text(batch, n, special.device)
-    modality = tokens.modality.masked_fill(special, int(Modality.IMAGE))
+    modality = tokens.modality.masked_fill(special, Modality.IMAGE)
     image = tokens.image.masked_scatter(special, torch.tensor(number, dtype=torch.long, device=special.device))
     grid = tokens.grid.clone()
     if grids:

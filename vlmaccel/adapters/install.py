@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from vlmaccel.adapters.base import Adapter, Parts, by_name
@@ -44,7 +45,8 @@ class Patch:
     """The hooks of one patched model.
 
     Hooks are bound methods, so that `deepcopy` and `pickle` of the model take their own Patch along; tensors of a
-    forward pass live in `Local`, never here.
+    forward pass live in `Local`, never here. torch.compile runs the hooks as they are, between compiled layers: it
+    would lose what they write into `Local`.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, methods: Sequence[Method]) -> None:
@@ -110,14 +112,18 @@ class Patch:
 
     # ---- one forward pass, from the outside in
 
+    @torch.compiler.disable
     def _on_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._local.call, self._local.tokens, self._local.run = kwargs, None, None
 
+    @torch.compiler.disable
     def _on_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         inputs = by_name(module, args, kwargs) if args else kwargs
-        inputs, self._local.tokens = self.adapter.encode(module, inputs)
+        with align_module_device(module):  # what accelerate offloaded comes only inside the module's own forward
+            inputs, self._local.tokens = self.adapter.encode(module, inputs)
         return (), inputs
 
+    @torch.compiler.disable
     def _on_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = by_name(module, args, kwargs) if args else kwargs
         if module.training and getattr(module, "gradient_checkpointing", False):
@@ -147,6 +153,7 @@ class Patch:
         )
         return False
 
+    @torch.compiler.disable
     def _on_layer(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         run = self._local.run
         if run is None:
@@ -197,6 +204,7 @@ class Patch:
         run.reduce(i, reduction, method.positions == "renumber", method.proportional)
         return hidden
 
+    @torch.compiler.disable
     def _on_attention(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         run = self._local.run
         if run is None or not run.may_reduce:
@@ -209,6 +217,7 @@ class Patch:
         for method in self._at["attention_layers"][i]:
             method.attention(Attention(run, hidden, i, self.depth, scores))
 
+    @torch.compiler.disable
     def _on_entries(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         run, cache = self._local.run, kwargs.get("past_key_values")
         if run is None or cache is None or not prunable(cache):
@@ -219,6 +228,7 @@ class Patch:
             if reduction is not None:
                 held.reduce(reduction)
 
+    @torch.compiler.disable
     def _on_norm(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         run = self._local.run
         if run is None or run.reduction is None or run.last_only:
@@ -231,6 +241,7 @@ class Patch:
         whole = hidden.new_zeros(hidden.shape[0], run.length, hidden.shape[-1])
         return (whole.scatter(1, keep[..., None].expand_as(hidden), hidden), *args[1:]), {}
 
+    @torch.compiler.disable
     def _after_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         run, self._local.run = self._local.run, None
         if run is None or run.length == 1:

@@ -51,7 +51,7 @@ class LlavaAdapter(Adapter):
         if encoded.get("video") is not None:
             special = placeholders(base, inputs, "video")
             tokens = tokens or TokenMap.text(special.shape[0], special.shape[1], special.device)
-            modality = tokens.modality.masked_fill(special, int(Modality.VIDEO))
+            modality = tokens.modality.masked_fill(special, Modality.VIDEO)
             tokens = TokenMap(modality, tokens.image, tokens.grid)
         return inputs, tokens
 

@@ -220,8 +220,8 @@ processor, one prompt at a time, confirms them for {agreed} of {agreement["count
   (at their own positions), so it may be more robust to token removal than a real vision-language model.
 - Plain easy-VQA hardly tells methods apart: with one large object even random removal of most tokens costs
   little. Rank them on the collages, above all on `color-of-shape` and `describe`.
-- A decoder this small reads much of the answer out of the visual tokens in its first layers, so removal
-  behind those costs less than removal in front of them.
+- A decoder of 6 layers may have read the answer out of the visual tokens after two of them, so removal from
+  there on can look cheaper than it is in a large model.
 
 ## Training
 
