@@ -9,9 +9,19 @@ from torch import Tensor
 
 from vlmaccel.cache import Slots
 
+USE_SDPA = 'load the model with attn_implementation="sdpa" or "eager"'
+
 
 def physical_mask(
-    mask: Any, rows: Tensor, columns: Slots, past: int, length: int, heads: int, window: int | None, dtype: torch.dtype
+    mask: Any,
+    rows: Tensor,
+    columns: Slots,
+    past: int,
+    length: int,
+    heads: int,
+    window: int | None,
+    dtype: torch.dtype,
+    flash: bool = False,
 ) -> Tensor | None:
     """The mask of one decoder layer over its own slots.
 
@@ -19,24 +29,23 @@ def physical_mask(
         or additive; its last column is the newest token.
     rows: (B, n) int64, which of the `length` new tokens are left. columns: every slot, the new ones last.
     past: tokens before the new ones. heads: query heads. window: sliding window of the layer, in tokens.
+    flash: whether the attention is flash attention, whose masks are (B, K).
     Returns a mask of the same kind over (n, m); None where none is needed.
     Raises NotImplementedError for a mask of another kind (flex attention).
     """
     if mask is None and columns.size is None and (window is None or past + length <= window):
         return None
+    if flash:
+        return flash_mask(mask, columns, past, length, window)
     if mask is None:
         mask = causal_mask(rows, per_head(columns.index, heads), past, window)
     elif not isinstance(mask, Tensor):
         raise NotImplementedError(
-            f"token reduction cannot use the {type(mask).__name__} mask of this attention implementation; "
-            'load the model with attn_implementation="sdpa" or "eager"'
+            f"token reduction cannot use the {type(mask).__name__} mask of this attention implementation; " + USE_SDPA
         )
     else:
         before = past + length - mask.shape[-1]  # columns that the model left out because the window has passed them
         place = columns.index - before
-        if mask.ndim == 2:
-            flat = mask.gather(1, place[:, 0].clamp(min=0).to(mask.device))
-            return flat if columns.size is None else flat * (columns.size[:, 0] > 0).to(flat)
         mask = _take(mask, rows, place.clamp(min=0), heads)
         if before > 0:
             mask = hide(mask, per_head(place >= 0, heads)[:, :, None])
@@ -44,6 +53,20 @@ def physical_mask(
         return mask
     mask = hide(mask, per_head(columns.size > 0, heads)[:, :, None])
     return add_size(mask, per_head(columns.size, heads), dtype) if columns.proportional else mask
+
+
+def flash_mask(mask: Tensor | None, columns: Slots, past: int, length: int, window: int | None) -> Tensor | None:
+    """(B, m) 1 where a slot may be seen: the only mask that flash attention takes besides causality.
+
+    Raises NotImplementedError for what it cannot express.
+    """
+    if window is not None and past + length > window:
+        raise NotImplementedError("flash attention counts a sliding window in the tokens that are left; " + USE_SDPA)
+    if columns.index.shape[1] > 1 or columns.proportional:
+        raise NotImplementedError("flash attention has no bias and no mask per head for its keys; " + USE_SDPA)
+    index = columns.index[:, 0]
+    seen = torch.ones_like(index) if mask is None else mask.gather(1, index.to(mask.device)).long()
+    return seen if columns.size is None else seen * (columns.size[:, 0] > 0)
 
 
 def causal_mask(rows: Tensor, index: Tensor, past: int, window: int | None) -> Tensor:

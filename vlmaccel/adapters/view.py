@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import is_flash_attention_requested
 
 from vlmaccel.adapters.base import Parts
 from vlmaccel.adapters.masks import physical_mask
@@ -51,7 +52,8 @@ def layer_view(run: Run, parts: Parts, kwargs: dict[str, Any], held: Any, hidden
         heads = parts.config.num_attention_heads
         made = mask
         if run.reduction is not None or isinstance(held, PrunedLayer):
-            made = physical_mask(mask, rows, columns, run.past, run.length, heads, window, hidden.dtype)
+            flash = is_flash_attention_requested(config=parts.config)
+            made = physical_mask(mask, rows, columns, run.past, run.length, heads, window, hidden.dtype, flash)
         run.views[key] = (mask, made)
     cos, sin = _rotary(run, parts, kwargs, removed, rows, hidden)
     past_keys = None if before is None else held.keys
