@@ -1,6 +1,6 @@
 """What holds for every method: identity, exact counts, batches, caches, memory, odd inputs."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmaccel
-from tests.support.drops import FixedDrop, decode, extend_mask
+from tests.support.drops import decode, extend_mask
 from tests.support.models import DEPTH, IMAGE, PAD, build, inputs
+from vlmaccel.hooks import Method, Positions
 from vlmaccel.methods import (
     AttentionSum,
     FastV,
@@ -21,7 +22,8 @@ from vlmaccel.methods import (
     Random,
     Uniform,
 )
-from vlmaccel.run import Modality
+from vlmaccel.reduction import Reduction
+from vlmaccel.run import Modality, Stage
 
 METHODS = {
     "pyramiddrop": PyramidDrop(),
@@ -156,27 +158,38 @@ def test_decoding_over_the_cache_is_recomputing(method, kind):
     later = torch.randint(2, 100, (3, 8), generator=torch.Generator().manual_seed(5))
     with vlmaccel.patched(model, method):
         _, steps = decode(model, batch, later)
-        stages = vlmaccel.stats(model).stages
         model(**batch)
-        stages = vlmaccel.stats(model).stages
+        stages = {stage.layer: stage for stage in vlmaccel.stats(model).stages}
     whole = {
         **batch,
         "input_ids": torch.cat([batch["input_ids"], later], 1),
         "attention_mask": extend_mask(batch["attention_mask"], 8),
     }
-    if isinstance(method, Pool):
-        if kind != VLM:
-            pytest.skip("pooling text: the longer text of the recomputation has other cells")
-        same = method
-    else:
-        plan = {
-            s.layer: torch.zeros_like(batch["input_ids"], dtype=torch.bool).scatter(1, s.keep, s.size > 0)
-            for s in stages
-        }
-        same = FixedDrop(plan, method.positions)
-    with vlmaccel.patched(model, same), torch.no_grad():
+    with vlmaccel.patched(model, Replay(stages, method.positions, method.proportional)):
         again = model(**whole, use_cache=False).logits[:, -8:]
     assert torch.allclose(steps, again, atol=5e-5)
+
+
+@dataclass(frozen=True, eq=False)
+class Replay(Method):
+    """Drops and merges what another method did in a prompt, in that prompt with an answer behind it."""
+
+    name = "replay"
+    stages: dict[int, Stage]
+    positions: Positions = "keep"
+    proportional: bool = False
+
+    def decoder_layers(self, depth):
+        return tuple(self.stages)
+
+    def decoder_layer(self, at):
+        stage, n = self.stages[at.layer], at.hidden.shape[1]
+        index = torch.arange(n).repeat(at.hidden.shape[0], 1) if at.run.index is None else at.run.index
+        prompt = stage.group.shape[1]
+        group = stage.group.gather(1, index.clamp(max=prompt - 1))
+        joined = stage.keep.gather(1, group.clamp(min=0))
+        slot = torch.searchsorted(index, joined).masked_fill(group < 0, -1)
+        return Reduction.merge_into(torch.where(index < prompt, slot, torch.arange(n)))
 
 
 class Largest(TorchDispatchMode):
