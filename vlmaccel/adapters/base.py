@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmaccel.adapters.vision import VisionParts
 from vlmaccel.hooks import Method
 from vlmaccel.run import Modality, TokenMap
 
@@ -52,6 +53,10 @@ class Adapter:
 
     def default(self, depth: int) -> Method:
         """The recipe of `patch(model)` for a decoder of `depth` layers."""
+        raise NotImplementedError
+
+    def vision(self, model: nn.Module) -> VisionParts:
+        """Find the blocks of the vision tower, where the adapter has the hook point `vision_block`."""
         raise NotImplementedError
 
     def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlmaccel.adapters.base import Adapter, Parts, by_name
 from vlmaccel.adapters.scores import LayerScores
 from vlmaccel.adapters.view import View, apply_view, layer_view, renumbered
+from vlmaccel.adapters.vision import VisionHooks
 from vlmaccel.cache import PrunedLayer, prunable, pruned_layer
 from vlmaccel.hooks import Attention, CacheEntries, DecoderLayer, Method, VisualTokens, hook_points
 from vlmaccel.reduction import Reduction
@@ -64,6 +65,8 @@ class Patch:
                         f"{method!r} acts at {point}, which the adapter {adapter.name!r} does not have; "
                         f"it has {', '.join(adapter.hook_points)}"
                     )
+        merging = [method for method in self.methods if "vision_block" in hook_points(method)]
+        self.vision = VisionHooks(adapter.vision(model), merging) if merging else None
 
     def _acting(self, point: str) -> dict[int, list[Method]]:
         """Which methods act at each decoder layer; raises ValueError for a layer that is not there."""
@@ -97,6 +100,7 @@ class Patch:
                 self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
         before(self.parts.norm, self._on_norm)
         self._handles.append(self.parts.text.register_forward_hook(self._after_text, with_kwargs=True))
+        self._handles += self.vision.install() if self.vision is not None else []
 
     def remove(self) -> None:
         """Take every hook out again."""
