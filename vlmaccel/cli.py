@@ -24,7 +24,7 @@ Options = Annotated[list[str] | None, typer.Option("--option", help="Hyper-param
 
 @app.command()
 def demo(
-    questions: Annotated[int, typer.Option(help="Collage questions, about; an eighth as many of easy-VQA.")] = 160,
+    questions: Annotated[int, typer.Option(help="Collage questions, about; an eighth as many of easy-VQA.")] = 120,
     full: Annotated[bool, typer.Option("--full", help="All test questions (hours on a CPU).")] = False,
     seed: Annotated[int, typer.Option(help="Of the collages.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the pictures.")] = Path("demo"),
