@@ -130,6 +130,50 @@ def test_bad_input_says_what_is_allowed_and_changes_nothing(method, options, err
             NotImplementedError,
             "no Olmo2DecoderLayer.input_layernorm",
         ),
+        (
+            lambda: hf.Gemma2ForCausalLM(
+                hf.Gemma2Config(
+                    vocab_size=9,
+                    hidden_size=8,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    num_key_value_heads=2,
+                    head_dim=4,
+                    intermediate_size=8,
+                )
+            ),
+            NotImplementedError,
+            "no plain softmax in its attention",
+        ),
+        (
+            lambda: hf.StableLmForCausalLM(
+                hf.StableLmConfig(
+                    vocab_size=9,
+                    hidden_size=16,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    num_key_value_heads=2,
+                    intermediate_size=8,
+                )
+            ),
+            NotImplementedError,
+            "no rotary positions over whole heads",
+        ),
+        (
+            lambda: hf.Gemma3ForCausalLM(
+                hf.Gemma3TextConfig(
+                    vocab_size=9,
+                    hidden_size=8,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    num_key_value_heads=2,
+                    head_dim=4,
+                    intermediate_size=8,
+                )
+            ),
+            NotImplementedError,
+            "no single rotary embedding",
+        ),
     ],
 )
 def test_models_that_cannot_be_patched(make, error, words):

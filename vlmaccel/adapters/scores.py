@@ -42,6 +42,8 @@ class LayerScores:
         if hasattr(self._attention, norm):
             states = getattr(self._attention, norm)(states)
         states = states.transpose(1, 2)
+        if not getattr(self._attention, "use_rope", True):  # some layers of SmolLM3 have no positions
+            return states
         rotate = sys.modules[type(self._attention).__module__].apply_rotary_pos_emb
         return rotate(states, states[:, :1], cos, sin)[0]
 

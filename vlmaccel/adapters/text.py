@@ -19,6 +19,11 @@ LAYER_INPUTS = ("position_embeddings", "attention_mask", "past_key_values")
 def missing(text: nn.Module) -> list[str]:
     """What a decoder stack lacks of the shape that the hooks rely on; empty if it fits."""
     lacks = [f"{type(text).__name__}.{name}" for name in ("layers", "norm", "rotary_emb") if not hasattr(text, name)]
+    rotary = getattr(text, "rotary_emb", None)
+    if rotary is not None and "layer_type" in inspect.signature(type(rotary).forward).parameters:
+        lacks.append("single rotary embedding for all layers")
+    if getattr(text.config, "attn_logit_softcapping", None) is not None:
+        lacks.append("plain softmax in its attention (attn_logit_softcapping is set)")
     for layer in getattr(text, "layers", [])[:1]:
         lacks += [f"{type(layer).__name__}.{name}" for name in LAYER_PARTS if not hasattr(layer, name)]
         inputs = inspect.signature(type(layer).forward).parameters
@@ -27,6 +32,8 @@ def missing(text: nn.Module) -> list[str]:
         if attention is not None:
             kind = type(attention)
             lacks += [f"{kind.__name__}.{name}" for name in ATTENTION_PARTS if not hasattr(attention, name)]
+            if hasattr(attention, "rotary_ndims"):
+                lacks.append(f"rotary positions over whole heads ({kind.__name__}.rotary_ndims is set)")
             if not hasattr(sys.modules[kind.__module__], "apply_rotary_pos_emb"):
                 lacks.append(f"{kind.__module__}.apply_rotary_pos_emb")
     return lacks
