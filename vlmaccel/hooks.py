@@ -158,6 +158,15 @@ class Method:
         return None
 
 
+def check_fits(method: Method, reduction: Reduction, hidden: Tensor) -> None:
+    """Raise ValueError unless a method's reduction is one of the tokens (B, n, D) that it was given."""
+    if reduction.group.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"{method!r} returned a reduction of {tuple(reduction.group.shape)} tokens (batch, length) "
+            f"where there are {tuple(hidden.shape[:2])}"
+        )
+
+
 HOOK_POINTS = ("vision_block", "visual_tokens", "decoder_layer", "attention", "cache")
 
 
@@ -180,5 +189,6 @@ __all__ = [
     "TokenMap",
     "VisionBlock",
     "VisualTokens",
+    "check_fits",
     "hook_points",
 ]

@@ -72,6 +72,7 @@ def stats_of(patch: Patch) -> Stats:
     visual = [images.mean().item() for _, images in left[1:]]
     config = patch.parts.config
     d, m, depth = config.hidden_size, config.intermediate_size, patch.depth
+    gated = not hasattr(patch.parts.layers[0].mlp, "c_fc")  # Starcoder2 has a plain MLP
     # padding is computed too, but it is no one's choice: FLOPs are those of the samples without it
     per_sample = list(zip(*(tokens.tolist() for tokens in real), strict=True))
     whole = left[0][0].tolist()
@@ -84,8 +85,8 @@ def stats_of(patch: Patch) -> Stats:
         nominal_visual_tokens=left[0][1].mean().item(),
         kv_bytes=done.kv_bytes,
         kv_bytes_full=done.kv_bytes_full,
-        flops=sum(decoder_flops(sample, d, m) for sample in per_sample),
-        flops_full=sum(decoder_flops([n] * depth, d, m) for n in whole),
+        flops=sum(decoder_flops(sample, d, m, gated) for sample in per_sample),
+        flops_full=sum(decoder_flops([n] * depth, d, m, gated) for n in whole),
         stages=done.stages,
         token_map=done.tokens,
     )

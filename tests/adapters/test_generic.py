@@ -84,3 +84,12 @@ def test_scores_are_the_models_own_attention(family):
         best = rows[b, start + 1 : 15].argsort(descending=True)[:count] + start + 1
         want = sorted([start, *best.tolist(), 15])
         assert stage.keep[b][stage.size[b] > 0].tolist() == want
+
+
+@pytest.mark.parametrize(("family", "matrices"), [("Starcoder2", 2), ("Gemma", 3)])
+@torch.no_grad()
+def test_flops_know_a_plain_mlp(family, matrices):
+    with vlmaccel.patched(build(family), "random", ratio=1.0) as model:
+        model(input_ids=torch.arange(3, 13)[None])
+        stats = vlmaccel.stats(model)
+    assert stats.flops_full == 4 * (4 * 10 * 32**2 + 2 * 10**2 * 32 + matrices * 10 * 32 * 32)

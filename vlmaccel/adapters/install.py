@@ -18,7 +18,7 @@ from vlmaccel.adapters.scores import LayerScores
 from vlmaccel.adapters.view import View, apply_view, layer_view, renumbered
 from vlmaccel.adapters.vision import VisionHooks
 from vlmaccel.cache import PrunedLayer, prunable, pruned_layer
-from vlmaccel.hooks import Attention, CacheEntries, DecoderLayer, Method, VisualTokens, hook_points
+from vlmaccel.hooks import Attention, CacheEntries, DecoderLayer, Method, VisualTokens, check_fits, hook_points
 from vlmaccel.reduction import Reduction
 from vlmaccel.run import Run, Stage, TokenMap
 
@@ -167,7 +167,7 @@ class Patch:
         if run.may_reduce:
             hidden = self._reduce(run, i, module, hidden, kwargs, held)
             if i in self._at["attention_layers"]:
-                run.memory["view"] = layer_view(run, self.parts, kwargs, held, hidden)
+                run.views["attention"] = layer_view(run, self.parts, kwargs, held, hidden)
         if run.reduction is not None and cache is not None:
             held = pruned_layer(cache, i)
         if run.reduction is None and not _needs_mask(run, held, kwargs):
@@ -197,11 +197,7 @@ class Patch:
     def _apply(self, run: Run, i: int, method: Method, reduction: Reduction | None, hidden: Tensor) -> Tensor:
         if reduction is None:
             return hidden
-        if reduction.group.shape != hidden.shape[:2]:
-            raise ValueError(
-                f"{method!r} returned a reduction of {tuple(reduction.group.shape)} tokens (batch, length) "
-                f"where there are {tuple(hidden.shape[:2])}"
-            )
+        check_fits(method, reduction, hidden)
         if reduction.keep.shape == reduction.group.shape and bool((reduction.size == 1).all()):
             return hidden
         hidden = reduction.apply(hidden, run.size)
@@ -214,7 +210,7 @@ class Patch:
         if run is None or not run.may_reduce:
             return
         hidden, cache = (args[0] if args else kwargs["hidden_states"]), kwargs.get("past_key_values")
-        view: View = run.memory.pop("view")
+        view: View = run.views.pop("attention")
         # a sliding-window layer has forgotten keys by now, and is asked to project them once more
         keys = cache.layers[i].keys if cache is not None and view.window is None else None
         scores = LayerScores(module, hidden, view, run.past, keys)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmaccel.hooks import Method, VisionBlock
+from vlmaccel.hooks import Method, VisionBlock, check_fits
 from vlmaccel.reduction import Reduction
 
 
@@ -108,22 +108,17 @@ class VisionHooks:
         metric, local.metric = local.metric, None
         if local.done or metric is None:
             return None
-        before = whole = local.whole
+        whole = local.whole  # with what this block adds; `local` learns of it when the block is through
         for method in self.methods:
             size = None if whole is None else whole.size
             at = VisionBlock(i, len(self.parts.blocks), hidden, metric, size, self.parts.prefix)
             reduction = method.vision_block(at)
             if reduction is None:
                 continue
-            if reduction.group.shape != hidden.shape[:2]:
-                raise ValueError(
-                    f"{method!r} returned a reduction of {tuple(reduction.group.shape)} tokens (batch, length) "
-                    f"where there are {tuple(hidden.shape[:2])}"
-                )
+            check_fits(method, reduction, hidden)
             hidden, metric = reduction.apply(hidden, size), reduction.apply(metric, size)
             local.here = reduction if local.here is None else local.here.then(reduction)
             whole = reduction if whole is None else whole.then(reduction)
-        local.whole = before  # until the block is through
         return None if local.here is None else (hidden, *args[1:])
 
     @torch.compiler.disable
