@@ -9,7 +9,7 @@ import torch
 import vlmaccel
 from tests.support.models import DEPTH, build, inputs
 from tests.support.reference import Reference
-from vlmaccel.hooks import HOOK_POINTS, Method, hook_points
+from vlmaccel.hooks import HOOK_POINTS, Method
 from vlmaccel.methods import PyramidDrop, Uniform
 from vlmaccel.reduction import Reduction
 from vlmaccel.run import Modality
@@ -176,6 +176,6 @@ def test_evicted_entries_are_as_masked(per_head, attn, pad):
 
 def test_hook_points_are_what_a_method_overrides():
     assert HOOK_POINTS == ("vision_block", "visual_tokens", "decoder_layer", "attention", "cache")
-    assert hook_points(PyramidDrop()) == ("decoder_layer",)
-    assert hook_points(Evict(True)) == ("cache",)
-    assert hook_points(Method()) == ()
+    assert PyramidDrop().hook_points() == ("decoder_layer",)
+    assert Evict(True).hook_points() == ("cache",)
+    assert Method().hook_points() == ()

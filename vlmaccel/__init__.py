@@ -6,8 +6,8 @@ from vlmaccel.adapters import base as _base  # noqa: F401
 from vlmaccel.hooks import Method
 from vlmaccel.patching import adapters, methods, patch, patched, stats, unpatch
 from vlmaccel.reduction import Reduction
-from vlmaccel.stats import Stats
+from vlmaccel.stats import Stats, TowerStats
 
 __version__ = _version.__version__
 
-__all__ = ["Method", "Reduction", "Stats", "adapters", "methods", "patch", "patched", "stats", "unpatch"]
+__all__ = ["Method", "Reduction", "Stats", "TowerStats", "adapters", "methods", "patch", "patched", "stats", "unpatch"]

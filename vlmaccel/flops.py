@@ -21,11 +21,16 @@ not absolutes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from vlmaccel.kernels.bipartite_match import bipartite_match
+from vlmaccel.kernels.key_bias_attention import key_bias_attention
 
 
 def layer_flops(n: float, d: int, m: int, gated: bool = True) -> float:
@@ -39,6 +44,29 @@ def layer_flops(n: float, d: int, m: int, gated: bool = True) -> float:
 def decoder_flops(tokens_per_layer: Sequence[float], d: int, m: int, gated: bool = True) -> float:
     """FLOPs of one sample's prefill: `layer_flops` summed over layers, each with its tokens at the input."""
     return sum(layer_flops(n, d, m, gated) for n in tokens_per_layer)
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """What one block of a vision transformer costs (a multiply-add is one).
+
+    width: hidden size d. attention, mlp: matrix entries of the two halves, 4 d^2 and 2 d m (3 d m gated) for most, each
+    used once a token.
+    """
+
+    width: int
+    attention: int
+    mlp: int
+
+    @classmethod
+    def of(cls, attention: nn.Module, mlp: nn.Module) -> BlockCost:
+        """Read off the modules of a block."""
+        sizes = [sum(p.numel() for p in part.parameters() if p.ndim == 2) for part in (attention, mlp)]
+        return cls(next(p.shape[1] for p in mlp.parameters() if p.ndim == 2), *sizes)
+
+    def flops(self, into: float, out: float) -> float:
+        """FLOPs of a block whose attention sees `into` tokens and whose MLP `out`: with as many, `layer_flops`."""
+        return into * self.attention + 2 * into**2 * self.width + out * self.mlp
 
 
 def _sdpa(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
@@ -57,10 +85,20 @@ def _sdpa_backward(
     return 2 * prod(query[:3]) * key[2] * (3 * query[3] + 2 * value[3])
 
 
+def _match(metric: Sequence[int], r: int, prefix: int, *_: Any, **__: Any) -> int:
+    """Similarities of all tokens at even places with all at odd ones."""
+    batch, n, d = metric
+    if r <= 0:
+        return 0
+    return 2 * batch * ((n - prefix) // 2) * ((n - prefix + 1) // 2) * d
+
+
 # torch up to 2.14 has no formula for the attention kernel that CPUs use, and would count none of its work
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
+    key_bias_attention: _sdpa,
+    bipartite_match: _match,
 }
 
 

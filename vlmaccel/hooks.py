@@ -8,17 +8,19 @@ from is the adapters' business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from vlmaccel.cache import PrunedLayer
+from vlmaccel.flops import BlockCost
 from vlmaccel.reduction import Reduction
 from vlmaccel.run import Modality, Run, TokenMap
 
 Positions = Literal["keep", "renumber"]
+HOOK_POINTS = ("vision_block", "visual_tokens", "decoder_layer", "attention", "cache")
 
 
 class Scores(Protocol):
@@ -33,23 +35,35 @@ class Scores(Protocol):
         """
         ...
 
+    def keys(self) -> Tensor:
+        """(B, H_kv, n, head_dim) keys of the remaining tokens, without their rotary positions."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class VisionBlock:
     """Between attention and MLP of one ViT block.
 
     layer, depth: 0-based number of the block, and how many there are.
-    hidden: (B, N, D) residual stream. metric: (B, N, head_dim), the block's keys averaged over heads.
+    hidden: (B, N, D) residual stream. keys: gives `metric`.
     size: (B, N) int64, patches that each token stands for; None while all are 1.
     prefix: how many leading tokens (class, distillation, registers) must stay.
+    tokens: how many tokens went into the first block. cost: of one block.
     """
 
     layer: int
     depth: int
     hidden: Tensor
-    metric: Tensor
+    keys: Callable[[], Tensor]
     size: Tensor | None
     prefix: int
+    tokens: int
+    cost: BlockCost
+
+    @property
+    def metric(self) -> Tensor:
+        """(B, N, head_dim) float32, the block's keys averaged over heads; no gradient."""
+        return self.keys()
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +133,21 @@ class Method:
     is found like our own.
     positions: "keep": remaining tokens keep their original position ids. "renumber": from this reduction on they are
         numbered 0, 1, 2, ... without gaps, in each layer, and new tokens continue from there.
-    proportional: add log(size) to the attention logits of merged keys.
+    prop_attn: proportional attention, log(size) added to the attention logits of merged keys (arXiv 2210.09461). None:
+        as the model's family does best in a vision tower, on in a decoder.
+    calibrated: in a decoder, from this reduction on, log(size * (2 - D(distance))) is added to the logits of visual (and
+        merged) keys, where D is the mean cosine by which rotary positions turn a query and a key apart over that
+        distance (RESTORE, arXiv 2606.01711). It is about original positions, so `positions` has to be "keep".
     """
 
     name: ClassVar[str] = ""
     positions: Positions = "keep"
-    proportional: bool = False
+    prop_attn: bool | None = False
+    calibrated: bool = False
+
+    def hook_points(self) -> tuple[str, ...]:
+        """The hook points that this method acts at: those it overrides."""
+        return tuple(p for p in HOOK_POINTS if getattr(type(self), p) is not getattr(Method, p))
 
     def decoder_layers(self, depth: int) -> Sequence[int]:
         """Decoder layers (0-based, of `depth`) before which `decoder_layer` is called."""
@@ -167,14 +190,6 @@ def check_fits(method: Method, reduction: Reduction, hidden: Tensor) -> None:
         )
 
 
-HOOK_POINTS = ("vision_block", "visual_tokens", "decoder_layer", "attention", "cache")
-
-
-def hook_points(method: Method) -> tuple[str, ...]:
-    """The hook points that a method overrides."""
-    return tuple(p for p in HOOK_POINTS if getattr(type(method), p) is not getattr(Method, p))
-
-
 __all__ = [
     "HOOK_POINTS",
     "Attention",
@@ -190,5 +205,4 @@ __all__ = [
     "VisionBlock",
     "VisualTokens",
     "check_fits",
-    "hook_points",
 ]

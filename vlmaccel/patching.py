@@ -14,7 +14,7 @@ from vlmaccel.adapters.base import all_adapters, find_adapter
 from vlmaccel.adapters.install import Patch
 from vlmaccel.hooks import Method
 from vlmaccel.methods import check_options, make, registry
-from vlmaccel.stats import Stats, stats_of
+from vlmaccel.stats import Stats, TowerStats, stats_of
 
 MARK = "_vlmaccel"  # where a patched model keeps its Patch, so that a copy of the model finds its own
 MethodLike = str | Method | Sequence["str | Method"] | None
@@ -35,7 +35,7 @@ def patch(model: nn.Module, method: MethodLike = None, **options: object) -> nn.
     target = _unwrapped(model)
     adapter = find_adapter(target)
     if method is None:
-        default = adapter.default(len(adapter.parts(target).layers))
+        default = adapter.default(adapter.depth(target))
         check_options(type(default), options)
         new: tuple[Method, ...] = (replace(default, **options),)  # type: ignore[type-var]
     else:
@@ -70,17 +70,17 @@ def patched(model: nn.Module, method: MethodLike = None, **options: object) -> I
         _install(target, () if old is None else old.methods)
 
 
-def stats(model: nn.Module) -> Stats:
-    """What the last prefill of a patched model did.
+def stats(model: nn.Module) -> Stats | TowerStats:
+    """What the last prefill of a patched model did; of a plain vision transformer, what the last pictures cost.
 
     Raises RuntimeError if the model is not patched, or has not run since.
     """
     found: Patch | None = getattr(_unwrapped(model), MARK, None)
     if found is None:
         raise RuntimeError("the model is not patched: call vlmaccel.patch(model) first")
-    if found.last is None:
+    if (done := stats_of(found)) is None:
         raise RuntimeError("the patched model has not run yet: call it, or model.generate, first")
-    return stats_of(found)
+    return done
 
 
 def methods() -> dict[str, str]:

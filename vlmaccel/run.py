@@ -82,7 +82,8 @@ class Run:
     last_only: bool = False
     labels: Tensor | None = None
     reduction: Reduction | None = None
-    proportional: bool = False
+    prop_attn: bool = False
+    calibrated: Tensor | None = None  # (B, n) bool, remaining tokens whose keys are calibrated by distance
     removed: Tensor | None = None  # (B, n), by how much each remaining token's position is lowered
     removed_in_all: Tensor | None = None  # (B, 1), the same for tokens still to come
     stages: list[Stage] = field(default_factory=list)
@@ -128,12 +129,19 @@ class Run:
             self._now = TokenMap(modality, now.image.masked_fill(filler, -1), now.grid)
         return self._now
 
-    def reduce(self, layer: int, reduction: Reduction, renumber: bool, proportional: bool) -> None:
-        """Note that from `layer` on only `reduction` (of the remaining tokens) is left."""
+    def reduce(
+        self,
+        layer: int,
+        reduction: Reduction,
+        renumber: bool = False,
+        prop_attn: bool = False,
+        calibrated: bool = False,
+    ) -> None:
+        """Note that from `layer` on only `reduction` (of the remaining tokens) is left; for the rest see `hooks.Method`."""
         before = self.removed
         whole = reduction if self.reduction is None else self.reduction.then(reduction)
         self.reduction, self._now = whole, None
-        self.proportional |= proportional
+        self.prop_attn |= prop_attn or calibrated
         if renumber:
             kept = torch.zeros_like(self.tokens.modality, dtype=torch.bool).scatter(1, whole.keep, whole.size > 0)
             gone = (self.tokens.modality != Modality.PAD) & ~kept
@@ -141,8 +149,10 @@ class Run:
             self.removed_in_all = gone.sum(1, keepdim=True)
         elif before is not None:
             self.removed = before.gather(1, reduction.keep)
-        matters = (whole.size != 1) if self.proportional else (whole.size == 0)
+        matters = (whole.size != 1) if self.prop_attn else (whole.size == 0)
         self.mask_size = whole.size if bool(matters.any()) else None
+        if calibrated or self.calibrated is not None:
+            self.calibrated = (self.remaining.modality >= Modality.IMAGE) | (whole.size > 1)
         self.views.clear()
         self.stages.append(Stage(layer, whole.keep, whole.size, whole.group))
 

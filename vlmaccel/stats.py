@@ -1,8 +1,9 @@
-"""Stats: what the last prefill of a patched model really did."""
+"""Stats and TowerStats: what the last prefill, or the last pictures, of a patched model really did."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -11,7 +12,42 @@ from vlmaccel.flops import decoder_flops
 from vlmaccel.run import Modality, Stage, TokenMap
 
 if TYPE_CHECKING:
+    from vlmaccel.adapters.decoder import DecoderHooks, Finished
     from vlmaccel.adapters.install import Patch
+
+
+@dataclass(frozen=True, eq=False)
+class TowerStats:
+    """Numbers of one pass through a vision tower that merges.
+
+    methods: the methods in place. batch: pictures. blocks: of the tower. prefix: leading tokens that are no patches.
+    tokens: tokens a picture, the prefix included, before the first block and behind each.
+    image: (height, width) in pixels that the tower was given, None if it was given something else.
+    flops, flops_full: of the blocks, whole batch, a multiply-add counted once, as merged and with all tokens.
+    stages: the merges of all blocks so far, behind every block that merged; groups count the prefix too.
+    """
+
+    methods: tuple[str, ...]
+    batch: int
+    blocks: int
+    prefix: int
+    tokens: list[int]
+    image: tuple[int, int] | None
+    flops: float
+    flops_full: float
+    stages: tuple[Stage, ...]
+
+    @property
+    def flops_ratio(self) -> float:
+        """Share of the unpatched blocks' FLOPs that was spent."""
+        return self.flops / self.flops_full
+
+    def __str__(self) -> str:
+        return (
+            f"{' + '.join(self.methods)}, {self.batch} picture(s), {self.blocks} blocks\n"
+            f"tokens: {' '.join(map(str, self.tokens))}\n"
+            f"FLOPs of the blocks: {self.flops_ratio:.1%} of {self.flops_full:.3g}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +60,7 @@ class Stats:
     kv_bytes: what the KV cache holds after the prefill, bookkeeping included. kv_bytes_full: an unpatched one.
     flops, flops_full: of the decoder, whole batch, by `vlmaccel.flops.decoder_flops`, with the kept and with all tokens.
     stages: which tokens were left from which layer on. token_map: what every token of the prompt is.
+    tower: of the vision tower, None if nothing merges there or no picture has been seen.
     """
 
     methods: tuple[str, ...]
@@ -38,6 +75,7 @@ class Stats:
     flops_full: float
     stages: tuple[Stage, ...]
     token_map: TokenMap
+    tower: TowerStats | None = None
 
     @property
     def mean_visual_tokens(self) -> float:
@@ -57,22 +95,50 @@ class Stats:
             f"visual tokens: {self.mean_visual_tokens:.1f} of {self.nominal_visual_tokens:.1f} (mean over layers)\n"
             f"decoder prefill FLOPs: {self.flops_ratio:.1%} of {self.flops_full:.3g} (4nd^2 + 2n^2d + 3ndm a layer)\n"
             f"KV cache after prefill: {self.kv_bytes:,} of {self.kv_bytes_full:,} bytes"
+            + ("" if self.tower is None else f"\nvision tower: {self.tower}")
         )
 
 
-def stats_of(patch: Patch) -> Stats:
-    """The statistics of a Patch whose model has run."""
-    done = patch.last
-    assert done is not None
+def stats_of(patch: Patch) -> Stats | TowerStats | None:
+    """The statistics of a Patch, of the tower alone where it has no decoder; None if its model has not run."""
+    if patch.decoder is None:
+        return _tower_stats(patch)
+    if patch.decoder.last is None:
+        return None
+    return _decoder_stats(patch, patch.decoder, patch.decoder.last)
+
+
+def _tower_stats(patch: Patch) -> TowerStats | None:
+    hooks = patch.vision
+    if hooks is None or hooks.last is None:
+        return None
+    seen, cost, depth = hooks.last, hooks.cost, len(hooks.parts.blocks)
+    tokens, stages = [seen.tokens], {stage.layer: stage for stage in seen.stages}
+    for block in range(depth):
+        tokens.append(stages[block].keep.shape[1] if block in stages else tokens[-1])
+    return TowerStats(
+        methods=tuple(repr(method) for method in hooks.methods),
+        batch=seen.batch,
+        blocks=depth,
+        prefix=hooks.parts.prefix,
+        tokens=tokens,
+        image=seen.image,
+        flops=seen.batch * sum(cost.flops(*pair) for pair in pairwise(tokens)),
+        flops_full=seen.batch * depth * cost.flops(seen.tokens, seen.tokens),
+        stages=seen.stages,
+    )
+
+
+def _decoder_stats(patch: Patch, decoder: DecoderHooks, done: Finished) -> Stats:
     left = [_left(done.tokens, None)]
     starts = {stage.layer: stage for stage in done.stages}
-    for layer in range(patch.depth):
+    for layer in range(decoder.depth):
         left.append(_left(done.tokens, starts[layer]) if layer in starts else left[-1])
     real = [tokens for tokens, _ in left[1:]]
     visual = [images.mean().item() for _, images in left[1:]]
-    config = patch.parts.config
-    d, m, depth = config.hidden_size, config.intermediate_size, patch.depth
-    gated = not hasattr(patch.parts.layers[0].mlp, "c_fc")  # Starcoder2 has a plain MLP
+    config = decoder.parts.config
+    d, m, depth = config.hidden_size, config.intermediate_size, decoder.depth
+    gated = not hasattr(decoder.parts.layers[0].mlp, "c_fc")  # Starcoder2 has a plain MLP
     # padding is computed too, but it is no one's choice: FLOPs are those of the samples without it
     per_sample = list(zip(*(tokens.tolist() for tokens in real), strict=True))
     whole = left[0][0].tolist()
@@ -89,6 +155,7 @@ def stats_of(patch: Patch) -> Stats:
         flops_full=sum(decoder_flops([n] * depth, d, m, gated) for n in whole),
         stages=done.stages,
         token_map=done.tokens,
+        tower=_tower_stats(patch),
     )
 
 

@@ -50,7 +50,7 @@ def test_entries_are_those_of_the_whole_mask(batch, length, past, kind, ragged):
 
 
 def test_sizes_weigh_as_so_many_copies():
-    slots = Slots(torch.arange(3)[None, None], torch.tensor([[[1, 3, 0]]]), proportional=True)
+    slots = Slots(torch.arange(3)[None, None], torch.tensor([[[1, 3, 0]]]), prop_attn=True)
     mask = physical_mask(None, torch.tensor([[2]]), slots, 0, 3, 2, None, torch.float32)
     weights = mask.flatten().softmax(0)
     assert torch.allclose(weights, torch.tensor([0.25, 0.75, 0.0]))

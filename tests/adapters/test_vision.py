@@ -23,7 +23,7 @@ class Pairs(Method):
 
     name = "pairs"
     blocks: tuple[int, ...]
-    proportional: bool = True
+    prop_attn: bool = True
 
     def vision_block(self, at):
         seen.append((at.layer, at.metric, at.size))
@@ -36,7 +36,7 @@ def pairs(shape, prefix):
     return partner.expand(shape)
 
 
-def by_hand(model, pixels, blocks, proportional):
+def by_hand(model, pixels, blocks, prop_attn):
     """Projected features (pictures, patches, D) float64: every block on what its merges left, patches put back at the end."""
     model = copy.deepcopy(model).double()
     tower, base = model.model.vision_tower, model.model
@@ -54,7 +54,7 @@ def by_hand(model, pixels, blocks, proportional):
             for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         logits = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
-        if proportional:
+        if prop_attn:
             logits = logits + torch.tensor([[len(m) for m in row] for row in members]).double().log()[:, None, None]
         mixed = (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
         hidden = hidden + attention.out_proj(mixed)
@@ -102,17 +102,17 @@ def test_looking_changes_nothing(kind):
     assert torch.equal(model(**batch).logits, before)
 
 
-@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("prop_attn", [True, False])
 @pytest.mark.parametrize("blocks", [(0,), (0, 1), (1,)])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llava-clip-llama", "llava-siglip-llama"])
 @torch.no_grad()
-def test_merged_blocks_are_the_blocks_on_merged_tokens(kind, attn, blocks, proportional):
+def test_merged_blocks_are_the_blocks_on_merged_tokens(kind, attn, blocks, prop_attn):
     model, batch = build(kind, attn), inputs(kind, 3, pad=True)
     plain = torch.stack(list(model.get_image_features(batch["pixel_values"]).pooler_output))
-    want = by_hand(model, batch["pixel_values"], blocks, proportional)
+    want = by_hand(model, batch["pixel_values"], blocks, prop_attn)
     for _ in range(2):  # the second time transformers' own hooks are there already
-        with vlmaccel.patched(model, Pairs(blocks, proportional)):
+        with vlmaccel.patched(model, Pairs(blocks, prop_attn)):
             got = torch.stack(list(model.get_image_features(batch["pixel_values"]).pooler_output))
             assert torch.allclose(got.double(), want, atol=1e-5)
             model.generate(**batch, max_new_tokens=2, do_sample=False)

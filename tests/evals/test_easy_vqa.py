@@ -57,6 +57,23 @@ def test_labels_agree_with_every_question():
                 assert answer == ("yes" if true != kind.endswith("-neg") else "no")
 
 
+@pytest.mark.parametrize(("split", "count"), [("train", 3542), ("test", 880)])
+def test_classified_pictures(split, count):
+    classified = data.classified(split)
+    assert len(classified) == count
+    assert {index for _, index in classified} == set(range(24))
+    assert all(image.mode == "RGB" and image.size == (64, 64) for image, _ in classified)
+    by_pixels = {picture.pixels.tobytes(): picture.label for picture in data.pictures(split) if picture.label}
+    for image, index in classified[:50]:
+        assert data.CLASSES[index] == " ".join(by_pixels[image.tobytes()])
+
+
+def test_classes_are_all_pairs_of_color_and_shape():
+    assert len(set(data.CLASSES)) == len(data.CLASSES) == 24
+    assert data.CLASSES[0] == "red circle"
+    assert all(color in data.COLORS and shape in data.SHAPES for color, shape in map(str.split, data.CLASSES))
+
+
 def test_collage_answers_follow_from_its_objects():
     rng = np.random.default_rng(0)
     for seed in rng.integers(0, 10_000, 100).tolist():

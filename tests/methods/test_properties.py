@@ -35,7 +35,7 @@ METHODS = {
     "random": Random(layer=0, ratio=0.4),
     "uniform": Uniform(layer=0, ratio=0.4, positions="renumber"),
     "pool": Pool(layer=0, ratio=0.4),
-    "pool-proportional": Pool(layer=3, ratio=0.4, proportional=True),
+    "pool-prop-attn": Pool(layer=3, ratio=0.4, prop_attn=True),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 VLM = "llava-clip-llama"
@@ -165,7 +165,7 @@ def test_decoding_over_the_cache_is_recomputing(method, kind):
         "input_ids": torch.cat([batch["input_ids"], later], 1),
         "attention_mask": extend_mask(batch["attention_mask"], 8),
     }
-    with vlmaccel.patched(model, Replay(stages, method.positions, method.proportional)):
+    with vlmaccel.patched(model, Replay(stages, method.positions, method.prop_attn)):
         again = model(**whole, use_cache=False).logits[:, -8:]
     assert torch.allclose(steps, again, atol=5e-5)
 
@@ -177,7 +177,7 @@ class Replay(Method):
     name = "replay"
     stages: dict[int, Stage]
     positions: Positions = "keep"
-    proportional: bool = False
+    prop_attn: bool = False
 
     def decoder_layers(self, depth):
         return tuple(self.stages)

@@ -16,7 +16,13 @@ from vlmaccel.adapters.vision import VisionParts
 from vlmaccel.hooks import Method
 from vlmaccel.run import Modality, TokenMap
 
-BUILTIN = ("llava", "text")  # modules of this folder, most specific first
+BUILTIN = (
+    "llava",
+    "timm_vit",
+    "open_clip_vit",
+    "transformers_vit",
+    "text",
+)  # modules of this folder, most specific first
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +53,22 @@ class Adapter:
         """Whether this adapter is meant for `model`."""
         raise NotImplementedError
 
-    def parts(self, model: nn.Module) -> Parts:
-        """Find the parts; raises NotImplementedError naming what is missing."""
+    def parts(self, model: nn.Module) -> Parts | None:
+        """Find the parts of the decoder, None if there is none; raises NotImplementedError naming what is missing."""
         raise NotImplementedError
 
     def default(self, depth: int) -> Method:
-        """The recipe of `patch(model)` for a decoder of `depth` layers."""
+        """The recipe of `patch(model)` for a decoder of `depth` layers (or a tower of so many blocks without one)."""
         raise NotImplementedError
 
     def vision(self, model: nn.Module) -> VisionParts:
         """Find the blocks of the vision tower, where the adapter has the hook point `vision_block`."""
         raise NotImplementedError
+
+    def depth(self, model: nn.Module) -> int:
+        """Layers of the decoder, or blocks of the tower where there is no decoder."""
+        parts = self.parts(model)
+        return len(self.vision(model).blocks if parts is None else parts.layers)
 
     def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:
         """Given the keyword inputs of `Parts.base`, say what every token is (None: all text).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from math import isqrt
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from vlmaccel.adapters.base import Adapter, Parts, image_token_map
 from vlmaccel.adapters.text import decoder_parts
-from vlmaccel.adapters.vision import BlockParts, VisionParts
+from vlmaccel.adapters.transformers_vit import vision_parts
+from vlmaccel.adapters.vision import VisionParts
 from vlmaccel.hooks import HOOK_POINTS, Method
 from vlmaccel.methods import PyramidDrop
 from vlmaccel.run import Modality, TokenMap
@@ -44,20 +46,13 @@ class LlavaAdapter(Adapter):
 
     def vision(self, model: nn.Module) -> VisionParts:
         base = self.parts(model).base
-        tower, used = base.vision_tower, base.config.vision_feature_layer
-        layers = getattr(getattr(tower, "encoder", None), "layers", None)
-        if layers is None or not hasattr(layers[0], "layer_norm2"):
-            raise NotImplementedError(
-                f"the blocks of {type(tower).__name__} cannot be hooked; CLIP and SigLIP towers can"
-            )
+        used = base.config.vision_feature_layer
         if not isinstance(used, int):
             raise NotImplementedError(f"merging in the tower needs one vision_feature_layer, not {used}")
-        blocks = [
-            BlockParts(x, x.self_attn, x.self_attn.k_proj, x.layer_norm2, x.mlp, x.self_attn.num_heads) for x in layers
-        ]
+        tower = vision_parts(base.vision_tower)
         # hidden_states[0] is what goes into the first block
-        last = used - 1 if used >= 0 else len(layers) + used
-        return VisionParts(tower, blocks, int(hasattr(tower.embeddings, "class_embedding")), last)
+        last = used - 1 if used >= 0 else len(tower.blocks) + used
+        return replace(tower, last=last, projector=base.multi_modal_projector)
 
     def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:
         inputs = encode_pictures(base, inputs)

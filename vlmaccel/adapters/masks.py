@@ -33,7 +33,8 @@ def physical_mask(
     Returns a mask of the same kind over (n, m); None where none is needed.
     Raises NotImplementedError for a mask of another kind (flex attention).
     """
-    if mask is None and columns.size is None and (window is None or past + length <= window):
+    plain = columns.size is None and columns.calibrated is None
+    if mask is None and plain and (window is None or past + length <= window):
         return None
     if flash:
         return flash_mask(mask, columns, past, length, window)
@@ -52,7 +53,7 @@ def physical_mask(
     if columns.size is None:
         return mask
     mask = hide(mask, per_head(columns.size > 0, heads)[:, :, None])
-    return add_size(mask, per_head(columns.size, heads), dtype) if columns.proportional else mask
+    return add_size(mask, per_head(columns.size, heads), dtype) if columns.prop_attn else mask
 
 
 def flash_mask(mask: Tensor | None, columns: Slots, past: int, length: int, window: int | None) -> Tensor | None:
@@ -62,7 +63,7 @@ def flash_mask(mask: Tensor | None, columns: Slots, past: int, length: int, wind
     """
     if window is not None and past + length > window:
         raise NotImplementedError("flash attention counts a sliding window in the tokens that are left; " + USE_SDPA)
-    if columns.index.shape[1] > 1 or columns.proportional:
+    if columns.index.shape[1] > 1 or columns.prop_attn or columns.calibrated is not None:
         raise NotImplementedError("flash attention has no bias and no mask per head for its keys; " + USE_SDPA)
     index = columns.index[:, 0]
     seen = torch.ones_like(index) if mask is None else mask.gather(1, index.to(mask.device)).long()
@@ -94,6 +95,25 @@ def add_size(mask: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, lowest)
     return torch.where(mask > lowest / 2, mask + bias, mask)
+
+
+def calibrate(
+    mask: Tensor, rows: Tensor, columns: Slots, past: int, heads: int, dtype: torch.dtype, turned: Tensor
+) -> Tensor:
+    """Additive mask with log(2 - D(distance)) on every calibrated key (RESTORE, arXiv 2606.01711, c = 2); `add_size` has
+    put log(size) there already.
+
+    mask: (B, 1 or H, n, m), boolean or additive. rows: (B, n) int64, queries among the new tokens. turned: (past + length,) D.
+    """
+    assert columns.calibrated is not None
+    lowest = torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
+    index = per_head(columns.index, heads)
+    distance = (rows[:, None, :, None] + past - index[:, :, None]).clamp(min=0)
+    bias = (2 - turned.to(mask.device)[distance]).log().to(mask.dtype)
+    visible = per_head(columns.calibrated, heads)[:, :, None] & (mask > lowest / 2)
+    return torch.where(visible, mask + bias, mask)
 
 
 def _take(mask: Tensor, rows: Tensor, columns: Tensor, heads: int) -> Tensor:

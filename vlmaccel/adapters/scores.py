@@ -23,6 +23,7 @@ class LayerScores:
 
     def __init__(self, attention: Any, normed: Tensor, view: View, past: int, keys: Tensor | None = None) -> None:
         self._attention, self._normed, self._view, self._past, self._keys = attention, normed, view, past, keys
+        self._unrotated: Tensor | None = None
 
     @torch.no_grad()
     def rows(self, rows: Tensor) -> Tensor:
@@ -35,13 +36,24 @@ class LayerScores:
         mask = self._mask_rows(rows, query.shape[1])
         return score_rows(query, self._keys, mask, self._attention.scaling)[..., -self._normed.shape[1] :]
 
-    def _rotated(self, project: nn.Module, norm: str, rows: Tensor | None) -> Tensor:
-        """(B, H, n, head_dim) projected states of some rows, in the models' order: projection, norm, rotation."""
-        x, cos, sin = (t if rows is None else gather(t, rows) for t in (self._normed, self._view.cos, self._view.sin))
+    @torch.no_grad()
+    def keys(self) -> Tensor:
+        """See `vlmaccel.hooks.Scores.keys`."""
+        if self._unrotated is None:
+            self._unrotated = self._projected(self._attention.k_proj, "k_norm", self._normed)
+        return self._unrotated
+
+    def _projected(self, project: nn.Module, norm: str, x: Tensor) -> Tensor:
+        """(B, H, n, head_dim) projected and normed states."""
         states = project(x).unflatten(-1, (-1, self._attention.head_dim))
         if hasattr(self._attention, norm):
             states = getattr(self._attention, norm)(states)
-        states = states.transpose(1, 2)
+        return states.transpose(1, 2)
+
+    def _rotated(self, project: nn.Module, norm: str, rows: Tensor | None) -> Tensor:
+        """(B, H, n, head_dim) projected states of some rows, in the models' order: projection, norm, rotation."""
+        x, cos, sin = (t if rows is None else gather(t, rows) for t in (self._normed, self._view.cos, self._view.sin))
+        states = self._projected(project, norm, x)
         if not getattr(self._attention, "use_rope", True):  # some layers of SmolLM3 have no positions
             return states
         rotate = sys.modules[type(self._attention).__module__].apply_rotary_pos_emb

@@ -13,7 +13,7 @@ from vlmaccel.methods import FastV
 
 LAYER_PARTS = ("input_layernorm", "self_attn")
 ATTENTION_PARTS = ("q_proj", "k_proj", "head_dim", "scaling")
-LAYER_INPUTS = ("position_embeddings", "attention_mask", "past_key_values")
+LAYER_INPUTS = ("position_embeddings", "attention_mask", "cache")
 
 
 def missing(text: nn.Module) -> list[str]:
@@ -27,7 +27,8 @@ def missing(text: nn.Module) -> list[str]:
     for layer in getattr(text, "layers", [])[:1]:
         lacks += [f"{type(layer).__name__}.{name}" for name in LAYER_PARTS if not hasattr(layer, name)]
         inputs = inspect.signature(type(layer).forward).parameters
-        lacks += [f"{type(layer).__name__}.forward(..., {name}=)" for name in LAYER_INPUTS if name not in inputs]
+        named = {"cache" if name == "past_key_values" else name for name in inputs}  # its name until transformers 5.23
+        lacks += [f"{type(layer).__name__}.forward(..., {name}=)" for name in LAYER_INPUTS if name not in named]
         attention = getattr(layer, "self_attn", None)
         if attention is not None:
             kind = type(attention)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.utils.generic import is_flash_attention_requested
 
 from vlmaccel.adapters.base import Parts
-from vlmaccel.adapters.masks import physical_mask
+from vlmaccel.adapters.masks import calibrate, physical_mask
 from vlmaccel.cache import PrunedLayer, Slots, extend
 from vlmaccel.reduction import gather
 from vlmaccel.run import Run
@@ -54,6 +54,8 @@ def layer_view(run: Run, parts: Parts, kwargs: dict[str, Any], held: Any, hidden
         if run.reduction is not None or isinstance(held, PrunedLayer):
             flash = is_flash_attention_requested(config=parts.config)
             made = physical_mask(mask, rows, columns, run.past, run.length, heads, window, hidden.dtype, flash)
+            if columns.calibrated is not None:
+                made = calibrate(made, rows, columns, run.past, heads, hidden.dtype, _turned(run, parts, hidden))
         run.views[key] = (mask, made)
     cos, sin = _rotary(run, parts, kwargs, removed, rows, hidden)
     past_keys = None if before is None else held.keys
@@ -83,8 +85,16 @@ def _columns(run: Run, before: Slots | None, hidden: Tensor) -> Slots:
         removed = removed.to(hidden.device)
         if before is not None and before.removed is not None:
             removed = removed + before.removed
-    new = Slots((_rows(run, hidden) + run.past)[:, None], size, run.proportional, removed)
+    calibrated = None if run.calibrated is None else run.calibrated[:, None].to(hidden.device)
+    new = Slots((_rows(run, hidden) + run.past)[:, None], size, run.prop_attn, removed, calibrated)
     return new if before is None else before.append(new)
+
+
+def _turned(run: Run, parts: Parts, hidden: Tensor) -> Tensor:
+    """(past + length,) float32, mean cosine of the angles by which rotary positions turn keys over each distance."""
+    distance = torch.arange(run.past + run.length, device=hidden.device)[None]
+    cos = parts.rotary(hidden.float(), position_ids=distance)[0][0]
+    return cos.mean(-1) / cos[0].mean()
 
 
 def _rotary(

@@ -8,134 +8,278 @@ share of the output, merge(x + spread(y)) is merge(x) + y: exactly the block on 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlmaccel.adapters.fast_attention import FastAttention
+from vlmaccel.flops import BlockCost
 from vlmaccel.hooks import Method, VisionBlock, check_fits
-from vlmaccel.reduction import Reduction
+from vlmaccel.reduction import Reduction, gather
+from vlmaccel.run import Stage
+
+MASKS = ("attention_mask", "attn_mask", "key_padding_mask")
+CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 
 
 @dataclass(frozen=True, eq=False)
 class BlockParts:
-    """One block of a vision tower. keys: the projection whose output (B, N, heads * head_dim) is the keys."""
+    """One block of a vision tower.
+
+    keys, metric: `metric` makes (B, N, head_dim), the keys averaged over heads, of what the module `keys` gives out.
+    norm: the norm before the MLP, whose input is the residual stream. mlp: its output is added to that, scaled or not.
+    mask: the keyword, one of `MASKS`, by which the attention takes an additive mask.
+    """
 
     block: nn.Module
     attention: nn.Module
     keys: nn.Module
+    metric: Callable[[Tensor], Tensor]
     norm: nn.Module
     mlp: nn.Module
-    heads: int
+    mask: str
 
 
 @dataclass(frozen=True, eq=False)
 class VisionParts:
-    """A vision tower. prefix: leading tokens that are no patches. last: block after which every patch has to be there
-    again, because its output is used."""
+    """A vision tower.
+
+    tower: is called with pictures (B, 3, H, W), or at least whenever the blocks run one after the other.
+    prefix: leading tokens that are no patches. last: the only block whose output is used; None if it is the final one and
+        others may be asked for. prop_attn: whether the family does better with proportional attention.
+    projector: what takes the tower's output to a decoder, if anything does.
+    """
 
     tower: nn.Module
     blocks: Sequence[BlockParts]
     prefix: int
-    last: int
+    last: int | None = None
+    prop_attn: bool = True
+    projector: nn.Module | None = None
 
 
-class VisionLocal(threading.local):
-    """State of the tower's forward pass in this thread."""
+@dataclass(eq=False)
+class Pass:
+    """One pass of a batch of pictures through the tower.
 
-    whole: Reduction | None = None  # of all blocks so far
-    here: Reduction | None = None  # of the block at hand
-    metric: Tensor | None = None
+    image: height and width of the pictures if known. everywhere: whether each block's output is looked at, so that every
+    patch has to be there between blocks. whole, here: merges of all blocks so far, and of the block at hand.
+    """
+
+    tokens: int
+    image: tuple[int, int] | None
+    everywhere: bool
+    whole: Reduction | None = None
+    here: Reduction | None = None
+    bias: Tensor | None = None  # (B, n) float32 on the keys
+    keys: Tensor | None = None
+    fast: FastAttention | None = None
     done: bool = False
+    stages: list[Stage] = field(default_factory=list)
+
+
+class Local(threading.local):
+    """What this thread is at. entered: image size and `everywhere` of a call of the tower that is about to start."""
+
+    entered: tuple[tuple[int, int] | None, bool] | None = None
+    now: Pass | None = None
+
+
+class Traced:
+    """The same for torch.compile, which cannot follow thread-local state."""
+
+    entered: tuple[tuple[int, int] | None, bool] | None = None
+    now: Pass | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the last pass did. batch: pictures. tokens: at the first block, the prefix included. image: see `Pass`."""
+
+    batch: int
+    tokens: int
+    image: tuple[int, int] | None
+    stages: tuple[Stage, ...]
 
 
 class VisionHooks:
-    """Calls `vision_block` of the methods in every block, and spreads the tokens out again at the end."""
+    """Calls `vision_block` of the methods in every block, and spreads the tokens out again at the end.
+
+    Hooks are bound methods, so that copies of the model take their own along; tensors of a pass are never kept here.
+    """
 
     def __init__(self, parts: VisionParts, methods: Sequence[Method]) -> None:
         self.parts, self.methods = parts, tuple(methods)
-        self.proportional = any(method.proportional for method in methods)
-        self._local = VisionLocal()
+        self.prop_attn = any(parts.prop_attn if m.prop_attn is None else m.prop_attn for m in methods)
+        self.cost = BlockCost.of(parts.blocks[0].attention, parts.blocks[0].mlp)
+        self.last: Seen | None = None
+        self._local, self._traced = Local(), Traced()
 
-    def install(self) -> list[Any]:
+    def install(self, model: nn.Module) -> list[Any]:
         """Put the hooks in and return their handles."""
-        handles = [self.parts.tower.register_forward_pre_hook(self._on_tower)]
+        handles: list[Any] = [self.parts.tower.register_forward_pre_hook(self._on_tower, with_kwargs=True)]
         for i, part in enumerate(self.parts.blocks):
             handles += [
-                part.attention.register_forward_pre_hook(self._on_attention, with_kwargs=True),
-                part.keys.register_forward_hook(partial(self._on_keys, part.heads)),
-                part.norm.register_forward_pre_hook(partial(self._on_norm, i)),
+                part.block.register_forward_pre_hook(partial(self._before_block, i), with_kwargs=True),
+                part.attention.register_forward_pre_hook(partial(self._before_attention, part.mask), with_kwargs=True),
+                part.attention.register_forward_hook(self._after_attention, always_call=True),
+                part.keys.register_forward_hook(self._on_keys),
+                part.norm.register_forward_pre_hook(partial(self._on_norm, i, part.metric)),
                 part.mlp.register_forward_hook(self._on_mlp),
                 # before the hooks with which transformers records hidden states, so that it records every patch
-                part.block.register_forward_hook(partial(self._on_block, i), prepend=True),
+                part.block.register_forward_hook(partial(self._after_block, i), prepend=True),
             ]
+        if self.parts.projector is not None:
+            handles.append(self.parts.projector.register_forward_hook(self._on_projector))
         return handles
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_local", "_traced")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _local=VisionLocal())
+        self.__dict__.update(state, _local=Local(), _traced=Traced())
 
-    @torch.compiler.disable
-    def _on_tower(self, module: nn.Module, args: tuple) -> None:
-        if module.training and getattr(module, "is_gradient_checkpointing", False):
-            raise RuntimeError("merging in a vision tower cannot train with gradient checkpointing; disable it first")
-        local = self._local
-        local.whole, local.here, local.metric, local.done = None, None, None, False
+    @property
+    def _state(self) -> Local | Traced:
+        return self._traced if torch.compiler.is_compiling() else self._local
 
-    @torch.compiler.disable
-    def _on_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        whole = self._local.whole
-        if whole is None or not bool((whole.size != 1).any()):
-            return None
+    def _on_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        pixels = args[0] if args else kwargs.get("pixel_values")
+        image = (pixels.shape[2], pixels.shape[3]) if isinstance(pixels, Tensor) and pixels.ndim == 4 else None
+        config = getattr(module, "config", None)
+        recorded = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+        self._state.entered = (image, bool(recorded) and self.parts.last is None)
+
+    def _start(self, hidden: Tensor) -> Pass:
+        state = self._state
+        if torch.is_grad_enabled() and self._checkpointing():
+            raise RuntimeError(
+                "merging in a vision tower cannot train with gradient checkpointing, which runs blocks a second time; "
+                "turn it off, or call vlmaccel.unpatch(model)"
+            )
+        # blocks that run without a call of the tower (timm's forward_intermediates) are there to be looked at
+        image, everywhere = state.entered or (None, True)
+        state.entered, state.now = None, Pass(hidden.shape[1], image, everywhere)
+        return state.now
+
+    def _checkpointing(self) -> bool:
+        tower = self.parts.tower
+        modules = (tower, *tower.children(), self.parts.blocks[0].block)
+        return any(getattr(module, name, False) is True for module in modules for name in CHECKPOINTING)
+
+    def _before_block(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        size = whole.size.to(hidden.device)
-        bias = size.clamp(min=1).log() if self.proportional else torch.zeros_like(size, dtype=torch.float)
-        bias = bias.to(hidden.dtype).masked_fill(size == 0, torch.finfo(hidden.dtype).min)
-        return args[:1], {**kwargs, "attention_mask": bias[:, None, None]}
-
-    @torch.compiler.disable
-    def _on_keys(self, heads: int, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self._local.metric = output.detach().unflatten(-1, (heads, -1)).mean(2)
-
-    @torch.compiler.disable
-    def _on_norm(self, i: int, module: nn.Module, args: tuple) -> Any:
-        local, hidden = self._local, args[0]
-        metric, local.metric = local.metric, None
-        if local.done or metric is None:
+        if i == 0:
+            self._start(hidden)
+        now = self._state.now
+        if now is None or now.whole is None or now.done:
             return None
-        whole = local.whole  # with what this block adds; `local` learns of it when the block is through
+        if now.everywhere:
+            hidden = gather(hidden, now.whole.keep)
+        if kwargs.get("rope") is not None:
+            patches = now.whole.keep[:, self.parts.prefix :] - self.parts.prefix
+            kwargs = {**kwargs, "rope": rope_rows(kwargs["rope"], patches)}
+        return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+
+    def _before_attention(self, mask: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        now = self._state.now
+        if now is None or now.whole is None or now.done:
+            return None
+        queries_only = args if mask == "key_padding_mask" else args[:1]
+        own = [*args[len(queries_only) :], *(kwargs.get(name) for name in MASKS), kwargs.get("is_causal") or None]
+        if any(x is not None for x in own):
+            raise NotImplementedError("tokens cannot be merged in a tower that is given an attention mask")
+        hidden = args[0] if args else kwargs["hidden_states"]
+        bias = None if now.bias is None else now.bias.to(hidden.device)
+        if not torch.compiler.is_compiling() and FastAttention.fits(hidden):
+            now.fast = FastAttention(bias)
+            now.fast.__enter__()
+        if bias is None:
+            return None
+        bias = bias.to(hidden.dtype)
+        kwargs = {**kwargs, mask: bias if mask == "key_padding_mask" else bias[:, None, None]}
+        return queries_only, kwargs
+
+    def _after_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
+        now = self._state.now
+        if now is not None and now.fast is not None:
+            now.fast.__exit__(None, None, None)
+            now.fast = None
+
+    def _on_keys(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        now = self._state.now
+        if now is not None and not now.done:
+            now.keys = output.detach()
+
+    def _on_norm(self, i: int, metric: Callable[[Tensor], Tensor], module: nn.Module, args: tuple) -> Any:
+        now, hidden = self._state.now, args[0]
+        if now is None or now.keys is None:
+            return None
+        output, now.keys = now.keys, None
+        whole = now.whole
         for method in self.methods:
-            size = None if whole is None else whole.size
-            at = VisionBlock(i, len(self.parts.blocks), hidden, metric, size, self.parts.prefix)
+            earlier, size = now.here, None if whole is None else whole.size
+
+            def keys(earlier: Reduction | None = earlier, before: Reduction | None = now.whole) -> Tensor:
+                made = metric(output)
+                return made if earlier is None else earlier.apply(made, None if before is None else before.size)
+
+            depth, prefix = len(self.parts.blocks), self.parts.prefix
+            at = VisionBlock(i, depth, hidden, keys, size, prefix, now.tokens, self.cost)
             reduction = method.vision_block(at)
             if reduction is None:
                 continue
             check_fits(method, reduction, hidden)
-            hidden, metric = reduction.apply(hidden, size), reduction.apply(metric, size)
-            local.here = reduction if local.here is None else local.here.then(reduction)
+            hidden = reduction.apply(hidden, size)
+            now.here = reduction if now.here is None else now.here.then(reduction)
             whole = reduction if whole is None else whole.then(reduction)
-        return None if local.here is None else (hidden, *args[1:])
+        return None if now.here is None else (hidden, *args[1:])
 
-    @torch.compiler.disable
     def _on_mlp(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        here = self._local.here
-        return None if here is None else here.unmerge(output)
+        now = self._state.now
+        return None if now is None or now.here is None else now.here.unmerge(output)
 
-    @torch.compiler.disable
-    def _on_block(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        local = self._local
-        here, local.here = local.here, None
+    def _after_block(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        now = self._state.now
+        if now is None or now.done:
+            return None
+        here, now.here, now.keys = now.here, None, None
         if here is not None:
-            output = here.apply(output, None if local.whole is None else local.whole.size)
-            local.whole = here if local.whole is None else local.whole.then(here)
-        if i == self.parts.last:
-            local.done = True
-            if local.whole is not None:
-                whole, local.whole = local.whole, None
-                return whole.unmerge(output)
-        return output if here is not None else None
+            output = here.apply(output, None if now.whole is None else now.whole.size)
+            self._merged(now, i, here)
+        last = i == (len(self.parts.blocks) - 1 if self.parts.last is None else self.parts.last)
+        if last:
+            now.done = True
+            self.last = Seen(output.shape[0], now.tokens, now.image, tuple(now.stages))
+        if now.whole is not None and (last or now.everywhere):
+            return now.whole.unmerge(output)
+        return None if here is None else output
+
+    def _merged(self, now: Pass, i: int, here: Reduction) -> None:
+        """Note what block `i` merged, and what it means for the attention of later blocks."""
+        now.whole = whole = here if now.whole is None else now.whole.then(here)
+        now.stages.append(Stage(i, whole.keep, whole.size, whole.group))
+        now.bias = whole.size.clamp(min=1).float().log() if self.prop_attn else None
+        if not whole.partition:
+            bias = torch.zeros_like(whole.size, dtype=torch.float) if now.bias is None else now.bias
+            now.bias = bias.masked_fill(whole.size == 0, -1e4)  # in the range of every dtype, and exp of it is 0
+
+    def _on_projector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Give the members of a group the same features to the bit, whatever rounding the projector did to each."""
+        now = self._state.now
+        if now is None or now.whole is None or output.ndim != 3:
+            return None
+        first = gather(now.whole.keep[..., None], now.whole.group.clamp(min=0))[..., 0]
+        left = now.tokens - output.shape[1]  # class and register tokens are not projected by most
+        return gather(output, first[:, left:] - left) if 0 <= left <= self.parts.prefix else None
+
+
+def rope_rows(rope: Tensor, index: Tensor) -> Tensor:
+    """(B, 1 or H, n, d) rotary embedding of the patches `index` (B, n), from that of all: (N, d), (H, N, d) where heads
+    differ, or (B, 1 or H, N, d)."""
+    rope = rope[(None,) * (4 - rope.ndim)]
+    return gather(rope, index, 2)

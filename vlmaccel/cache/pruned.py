@@ -18,29 +18,41 @@ class Slots:
 
     index: (B, G, m) int64, logical (whole-sequence) index of every slot, ascending.
     size: (B, G, m) int64, tokens a slot stands for, 0 for a filler that no query may see; None if all are 1.
-    proportional: whether log(size) is added to the attention logits of a key (ToMe, arXiv 2210.09461, eq. for
+    prop_attn: whether log(size) is added to the attention logits of a key (ToMe, arXiv 2210.09461, eq. for
         proportional attention).
     removed: (B, 1) int64, by how much the position of later tokens is lowered in this layer; None if it is not.
+    calibrated: (B, G, m) bool, the keys whose logits are calibrated by distance (RESTORE, arXiv 2606.01711); None if
+        none are.
     """
 
     index: Tensor
     size: Tensor | None = None
-    proportional: bool = False
+    prop_attn: bool = False
     removed: Tensor | None = None
+    calibrated: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Slots:
         """The same slots with `change` applied along the batch dimension of every tensor."""
         size = None if self.size is None else change(self.size)
         removed = None if self.removed is None else change(self.removed)
-        return replace(self, index=change(self.index), size=size, removed=removed)
+        calibrated = None if self.calibrated is None else change(self.calibrated)
+        return replace(self, index=change(self.index), size=size, removed=removed, calibrated=calibrated)
 
     def append(self, new: Slots) -> Slots:
-        """These slots followed by the `new` ones, whose `removed` and `proportional` hold from now on."""
+        """These slots followed by the `new` ones, whose `removed` and `prop_attn` hold from now on."""
         size = None
         if self.size is not None or new.size is not None:
             size = _cat(self.sizes, new.sizes)
         removed = self.removed if new.removed is None else new.removed
-        return Slots(_cat(self.index, new.index), size, self.proportional or new.proportional, removed)
+        calibrated = None
+        if self.calibrated is not None or new.calibrated is not None:
+            calibrated = _cat(
+                *(
+                    torch.zeros_like(s.index, dtype=torch.bool) if s.calibrated is None else s.calibrated
+                    for s in (self, new)
+                )
+            )
+        return Slots(_cat(self.index, new.index), size, self.prop_attn or new.prop_attn, removed, calibrated)
 
     def take(self, keep: Tensor) -> Slots:
         """The slots at `keep` (B, G, k), one list for every KV head or one for all (G = 1)."""
@@ -50,7 +62,8 @@ class Slots:
         def pick(x: Tensor) -> Tensor:
             return x.expand(-1, groups, -1).gather(2, keep)
 
-        return replace(self, index=pick(self.index), size=None if self.size is None else pick(self.size))
+        size, calibrated = (None if x is None else pick(x) for x in (self.size, self.calibrated))
+        return replace(self, index=pick(self.index), size=size, calibrated=calibrated)
 
     @property
     def sizes(self) -> Tensor:
@@ -60,7 +73,7 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes that this bookkeeping holds."""
-        return sum(x.nbytes for x in (self.index, self.size, self.removed) if x is not None)
+        return sum(x.nbytes for x in (self.index, self.size, self.removed, self.calibrated) if x is not None)
 
 
 def _cat(a: Tensor, b: Tensor) -> Tensor:
@@ -120,8 +133,8 @@ class PrunedLayer(DynamicLayer):
 
     @property
     def masked(self) -> bool:
-        """Whether some slot needs a mask of its own: a filler, or a size that counts in the attention."""
-        return self._slots is not None and self._slots.size is not None
+        """Whether some slot needs a mask of its own: a filler, a size that counts in the attention, or a calibration."""
+        return self._slots is not None and not (self._slots.size is None and self._slots.calibrated is None)
 
     def reduce(self, reduction: Reduction) -> None:
         """Evict or merge slots. `reduction` counts them as its tokens; its batch is B, or B * H_kv in that order where

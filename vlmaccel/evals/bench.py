@@ -105,6 +105,7 @@ def run_bench(
             flops.append(count_flops(lambda: first_logits(model, inputs)))
             if switch is patched:
                 stats = vlmaccel.stats(model)
+    assert isinstance(stats, vlmaccel.Stats)  # every shape here has a decoder
 
     generate = lambda: time_generate(model, inputs, new_tokens)  # noqa: E731
     measured = measure_in_turn(

@@ -175,7 +175,9 @@ def _survivors_row(demo: Demo, sample: VQASample, chosen: Sequence[Variant]) -> 
     for variant in chosen:
         with vlmaccel.patched(demo.model, make(variant.method, **variant.runs[0])), torch.inference_mode():
             text = say()
-            left = survivors(vlmaccel.stats(demo.model), picture)
+            stats = vlmaccel.stats(demo.model)
+            assert isinstance(stats, vlmaccel.Stats)  # the demo's model has a decoder
+            left = survivors(stats, picture)
         for layer, pixels in left:
             last = layer == left[-1][0]
             panels.append(Panel(f"{variant.method}\nlayer {layer}" + (f": {text}" if last else ""), pixels))

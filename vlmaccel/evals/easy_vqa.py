@@ -24,6 +24,7 @@ from vlmaccel.evals.samples import VQASample
 SPLITS = ("train", "test")
 COLORS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
 SHAPES = ("circle", "triangle", "rectangle")
+CLASSES = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
 PICTURE_SIZE = 64
 CELLS = 9  # of a collage, row by row
 MAX_QUESTIONS = 32  # about one collage; a collage of three shapes does not give many more different ones
@@ -116,6 +117,18 @@ def collages(
             answers = (question.answer,)
             samples.append(VQASample(f"{image_id}/{i}", image, question.text, answers, question.kind, image_id))
     return samples
+
+
+def classified(split: str = "test") -> list[tuple[Image.Image, int]]:
+    """The pictures of a split as a classification task: RGB 64x64 and the index into `CLASSES`.
+
+    Only those whose label is known: 3,542 of the 4,000 in train, 880 of the 1,000 in test.
+    """
+    return [
+        (Image.fromarray(picture.pixels), CLASSES.index(f"{picture.label.color} {picture.label.shape}"))
+        for picture in pictures(split)
+        if picture.label
+    ]
 
 
 @functools.cache

@@ -194,6 +194,7 @@ def _cost(model: Any, batch: int) -> dict[str, float]:
         stats = vlmaccel.stats(model)
     except RuntimeError:  # not patched
         return {}
+    assert isinstance(stats, vlmaccel.Stats)  # a model that answers questions has a decoder
     of_batch = ("flops", "flops_full", "kv_bytes", "kv_bytes_full")
     cost = {name: getattr(stats, name) / batch for name in of_batch}
     return cost | {

@@ -15,8 +15,12 @@ from vlmaccel.methods.neighbour_cosine import NeighbourCosine
 from vlmaccel.methods.pool import Pool
 from vlmaccel.methods.pyramiddrop import PyramidDrop
 from vlmaccel.methods.selection import Selection, SingleStage
+from vlmaccel.methods.tome import ToMe
+from vlmaccel.methods.tome_decoder import ToMeDecoder
 
 BUILTIN: tuple[type[Method], ...] = (
+    ToMe,
+    ToMeDecoder,
     PyramidDrop,
     FastV,
     AttentionSum,
@@ -62,6 +66,8 @@ __all__ = [
     "Random",
     "Selection",
     "SingleStage",
+    "ToMe",
+    "ToMeDecoder",
     "Uniform",
     "check_options",
     "make",

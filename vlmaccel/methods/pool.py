@@ -9,65 +9,40 @@ import torch
 from torch import Tensor
 
 from vlmaccel.hooks import DecoderLayer
-from vlmaccel.methods.selection import SingleStage, droppable, places, segment_sizes
-from vlmaccel.reduction import Reduction
-from vlmaccel.run import Modality
+from vlmaccel.methods.merging import Merging
+from vlmaccel.methods.selection import places
 
 
 @dataclass(frozen=True)
-class Pool(SingleStage):
+class Pool(Merging):
     """Merge by averaging the tokens in each cell of a coarser grid (baseline).
 
-    A cell stands where its middle token stood. The coarser grid is the one nearest in shape that has at most int(N * ratio) cells, so the count can be a little
+    The coarser grid is the one nearest in shape that has at most int(N * ratio) cells, so the count can be a little
     below. Newline tokens of a mosaic are averaged with one another. Text, and images without a grid, pool along the line.
 
-    layer (default 0, before the decoder), ratio (default 0.5), target, positions: see `SingleStage`.
-    proportional: weigh a cell as its number of tokens in the attention (default off).
+    layer (default 0, before the decoder), prop_attn (default off), and the others: see `Merging`.
     """
 
     name = "pool"
 
     layer: int = 0
-    proportional: bool = False
+    prop_attn: bool = False
 
-    @torch.no_grad()
-    def decoder_layer(self, at: DecoderLayer) -> Reduction | None:
-        segment = droppable(at, self.target)
-        if segment is None:
-            return None
-        budget = self.count(segment_sizes(at, self.target), self.ratio).tolist()
-        place, view = places(at), at.tokens.grid[..., 0]
-        n = segment.shape[1]
-        representative = torch.arange(n, device=segment.device).repeat(segment.shape[0], 1)
-        before = representative.clone()
-        for sample, budgets in enumerate(budget):
-            for number, kept in enumerate(budgets):
-                index = (segment[sample] == number).nonzero().flatten()
-                if len(index) > kept:
-                    middle = pool(place[sample, index], view[sample, index], kept)
-                    representative[sample, index] = index[middle] if kept else -1
-        if torch.equal(representative, before):
-            return None
-        representative.masked_fill_(at.tokens.modality == Modality.PAD, -1)
-        representative[:, -1] = n - 1
-        return Reduction.merge_into(representative)
+    def join(self, at: DecoderLayer, sample: int, index: Tensor, kept: int) -> Tensor:
+        return pool(places(at)[sample, index], at.tokens.grid[sample, index, 0], kept)
 
 
 def pool(place: Tensor, view: Tensor, kept: int) -> Tensor:
-    """(m,) int64, the token that stands for each of m tokens when at most `kept` may stay.
+    """(m,) int64, the cell that each of m tokens joins when at most `kept` may stay.
 
     place: (m, 2) row and column, column -1 for a newline. view: (m,) which grid of the image. Every view has its share.
     """
-    middle = torch.arange(len(place), device=place.device)
+    label = torch.zeros(len(place), dtype=torch.long, device=place.device)
     for number in view.unique().tolist():
-        here = (view == number).nonzero().flatten()
-        share = max(1, len(here) * kept // len(place))
-        cell = cells(place[here], share)
-        order = cell.argsort(stable=True)
-        _, inverse, members = cell.unique(return_inverse=True, return_counts=True)
-        centre = order[members.cumsum(0) - members + members // 2]
-        middle[here] = here[centre[inverse]]
-    return middle
+        here = view == number
+        share = max(1, int(here.sum()) * kept // len(place))
+        label[here] = cells(place[here], share) + int(label.max()) + 1
+    return label
 
 
 def cells(place: Tensor, kept: int) -> Tensor:

@@ -34,6 +34,17 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
+Position = Literal["median", "first"]
+
+
+def check_calibrated(calibrated: bool, positions: Positions) -> None:
+    """Raise ValueError unless the positions are those that calibrated attention is about."""
+    if calibrated and positions != "keep":
+        raise ValueError(
+            f'calibrated attention is about original positions: it needs positions="keep", not {positions!r}'
+        )
+
+
 class Selection(Method):
     """Before some decoder layers, keep the best-scored tokens of every image and drop the rest.
 
@@ -128,6 +139,17 @@ def segment_sizes(at: VisualTokens, target: Target | None) -> Tensor:
     """(B, S) int64, how many tokens every segment had before any reduction."""
     segment = _segments(at, at.run.tokens, None, target)
     return _count(segment, int(segment.max()) + 1)
+
+
+def representatives(label: Tensor, position: Position) -> Tensor:
+    """(m,) int64, the member that stands for each token's group: its first, or its median (the upper one of two).
+
+    label: (m,) int64, tokens in order; those with the same label are a group.
+    """
+    order = label.argsort(stable=True)
+    _, inverse, members = label.unique(return_inverse=True, return_counts=True)
+    start = members.cumsum(0) - members
+    return order[start + members // 2 if position == "median" else start][inverse]
 
 
 def place_in_segment(at: VisualTokens, target: Target | None) -> Tensor:

@@ -1,0 +1,290 @@
+"""The hooks in a decoder: call the methods at their hook points and hand each layer its view."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from vlmaccel.adapters.base import Adapter, Parts, by_name
+from vlmaccel.adapters.scores import LayerScores
+from vlmaccel.adapters.view import View, apply_view, layer_view, renumbered
+from vlmaccel.cache import PrunedLayer, prunable, pruned_layer
+from vlmaccel.hooks import Attention, CacheEntries, DecoderLayer, Method, VisualTokens, check_fits
+from vlmaccel.reduction import Reduction
+from vlmaccel.run import Run, Stage, TokenMap
+
+
+class Local(threading.local):
+    """State of the forward pass that this thread is in: threads and replicas never see each other's."""
+
+    call: dict[str, Any] | None = None
+    tokens: TokenMap | None = None
+    run: Run | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """What the last prefill did. kv_bytes, kv_bytes_full: of the cache after it, and of an unpatched one."""
+
+    tokens: TokenMap
+    stages: tuple[Stage, ...]
+    past: int
+    kv_bytes: int
+    kv_bytes_full: int
+
+
+class DecoderHooks:
+    """The hooks in the decoder of one patched model.
+
+    Hooks are bound methods, so that `deepcopy` and `pickle` of the model take their own along; tensors of a forward pass
+    live in `Local`, never here. torch.compile runs the hooks as they are, between compiled layers: it would lose what
+    they write into `Local`.
+    """
+
+    def __init__(self, parts: Parts, adapter: Adapter, methods: Sequence[Method]) -> None:
+        self.parts, self.adapter, self.methods = parts, adapter, tuple(methods)
+        self.depth = len(self.parts.layers)
+        self.last: Finished | None = None
+        self._local = Local()
+        self._at = {point: self._acting(point) for point in ("decoder_layers", "attention_layers", "cache_layers")}
+
+    def _acting(self, point: str) -> dict[int, list[Method]]:
+        """Which methods act at each decoder layer; raises ValueError for a layer that is not there."""
+        acting: dict[int, list[Method]] = {}
+        for method in self.methods:
+            for layer in getattr(method, point)(self.depth):
+                if not 0 <= layer < self.depth:
+                    raise ValueError(
+                        f"{method!r} acts at decoder layer {layer}, but this model has layers 0 to {self.depth - 1}"
+                    )
+                acting.setdefault(layer, []).append(method)
+        return acting
+
+    def install(self, model: nn.Module) -> list[Any]:
+        """Put the hooks in, `model` being what the user calls, and return their handles."""
+        handles: list[Any] = []
+
+        def before(module: nn.Module, hook: Any) -> None:
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+        before(model, self._on_call)
+        if self.parts.base is not self.parts.text:
+            before(self.parts.base, self._on_base)
+        before(self.parts.text, self._on_text)
+        for i, layer in enumerate(self.parts.layers):
+            before(layer, partial(self._on_layer, i))
+            if i in self._at["attention_layers"]:
+                hook = partial(self._on_attention, i)
+                handles.append(layer.self_attn.register_forward_hook(hook, with_kwargs=True))
+            if i in self._at["cache_layers"]:
+                hook = partial(self._on_entries, i)
+                handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        before(self.parts.norm, self._on_norm)
+        handles.append(self.parts.text.register_forward_hook(self._after_text, with_kwargs=True))
+        return handles
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _local=Local())
+
+    # ---- one forward pass, from the outside in
+
+    @torch.compiler.disable
+    def _on_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._local.call, self._local.tokens, self._local.run = kwargs, None, None
+
+    @torch.compiler.disable
+    def _on_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        inputs = by_name(module, args, kwargs) if args else kwargs
+        with align_module_device(module):  # what accelerate offloaded comes only inside the module's own forward
+            inputs, self._local.tokens = self.adapter.encode(module, inputs)
+        return (), inputs
+
+    @torch.compiler.disable
+    def _on_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = by_name(module, args, kwargs) if args else kwargs
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise RuntimeError(
+                "a patched model cannot train with gradient checkpointing, which runs layers a second time; "
+                "call model.gradient_checkpointing_disable() or vlmaccel.unpatch(model)"
+            )
+        given = inputs.get("inputs_embeds")
+        given = inputs["input_ids"] if given is None else given
+        cache, call = cache_of(inputs), self._local.call or {}
+        past = 0 if cache is None else int(cache.get_seq_length())
+        tokens = self._local.tokens or TokenMap.text(given.shape[0], given.shape[1], given.device)
+        self._local.call = self._local.tokens = None
+        run = self._local.run = Run(tokens, past, multimodal=self.adapter.multimodal)
+        if run.length > 1 and self._can_prune(cache):
+            run.may_reduce = True
+            run.prepare(inputs.get("attention_mask"), call.get("labels"), call.get("logits_to_keep", 0))
+
+    def _can_prune(self, cache: Any) -> bool:
+        if cache is None or prunable(cache):
+            return True
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        warnings.warn(
+            f"this KV cache ({', '.join(kinds)}) cannot hold fewer tokens than the sequence has: nothing is dropped. "
+            "Use the default dynamic cache to drop tokens",
+            stacklevel=2,
+        )
+        return False
+
+    @torch.compiler.disable
+    def _on_layer(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        run = self._local.run
+        if run is None:
+            return None
+        hidden, cache = (args[0] if args else kwargs["hidden_states"]), cache_of(kwargs)
+        held = cache.layers[i] if cache is not None and i < len(cache.layers) else None
+        if run.may_reduce:
+            hidden = self._reduce(run, i, module, hidden, kwargs, held)
+            if i in self._at["attention_layers"]:
+                run.views["attention"] = layer_view(run, self.parts, kwargs, held, hidden)
+        if run.reduction is not None and cache is not None:
+            held = pruned_layer(cache, i)
+        if run.reduction is None and not _needs_mask(run, held, kwargs):
+            # the common decode step: only positions may differ, and the cache counts its slots by itself
+            if not isinstance(held, PrunedLayer) or held.removed is None:
+                return None
+            return args, {**kwargs, "position_embeddings": renumbered(run, self.parts, kwargs, held.removed, hidden)}
+        view = layer_view(run, self.parts, kwargs, held, hidden)
+        if isinstance(held, PrunedLayer):
+            held.expect(view.columns, run.length)
+        kwargs = apply_view(view, kwargs, run.reduction is not None)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return (), {**kwargs, "hidden_states": hidden}
+
+    def _reduce(self, run: Run, i: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any], held: Any) -> Tensor:
+        """Let the methods of layer `i` act on its input."""
+        if i == 0:
+            for method in self.methods:
+                hidden = self._apply(run, i, method, method.visual_tokens(VisualTokens(run, hidden)), hidden)
+        for method in self._at["decoder_layers"].get(i, ()):
+            scores = Later(self.parts, run, module, hidden, kwargs, held)
+            at = DecoderLayer(run, hidden, i, self.depth, scores)
+            hidden = self._apply(run, i, method, method.decoder_layer(at), hidden)
+        return hidden
+
+    def _apply(self, run: Run, i: int, method: Method, reduction: Reduction | None, hidden: Tensor) -> Tensor:
+        if reduction is None:
+            return hidden
+        check_fits(method, reduction, hidden)
+        if reduction.keep.shape == reduction.group.shape and bool((reduction.size == 1).all()):
+            return hidden
+        hidden = reduction.apply(hidden, run.size)
+        weighed = method.prop_attn is None or method.prop_attn
+        run.reduce(i, reduction, method.positions == "renumber", weighed, method.calibrated)
+        return hidden
+
+    @torch.compiler.disable
+    def _on_attention(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        run = self._local.run
+        if run is None or not run.may_reduce:
+            return
+        hidden, cache = (args[0] if args else kwargs["hidden_states"]), cache_of(kwargs)
+        view: View = run.views.pop("attention")
+        # a sliding-window layer has forgotten keys by now, and is asked to project them once more
+        keys = cache.layers[i].keys if cache is not None and view.window is None else None
+        scores = LayerScores(module, hidden, view, run.past, keys)
+        for method in self._at["attention_layers"][i]:
+            method.attention(Attention(run, hidden, i, self.depth, scores))
+
+    @torch.compiler.disable
+    def _on_entries(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        run, cache = self._local.run, cache_of(kwargs)
+        if run is None or cache is None or not prunable(cache):
+            return
+        held = pruned_layer(cache, i)
+        for method in self._at["cache_layers"][i]:
+            reduction = method.cache(CacheEntries(run, i, self.depth, held, decoding=run.length == 1))
+            if reduction is not None:
+                held.reduce(reduction)
+
+    @torch.compiler.disable
+    def _on_norm(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        run = self._local.run
+        if run is None or run.reduction is None or run.last_only:
+            return None
+        labels, group = run.labels, run.reduction.group
+        if labels is not None and labels.shape == group.shape and bool(((labels != -100) & (group < 0)).any()):
+            raise ValueError("a token that has a label was dropped; only tokens with the label -100 may be")
+        hidden = args[0] if args else kwargs["hidden_states"]
+        keep = run.reduction.keep.to(hidden.device)
+        whole = hidden.new_zeros(hidden.shape[0], run.length, hidden.shape[-1])
+        return (whole.scatter(1, keep[..., None].expand_as(hidden), hidden), *args[1:]), {}
+
+    @torch.compiler.disable
+    def _after_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        run, self._local.run = self._local.run, None
+        if run is None or run.length == 1:
+            return
+        cache = cache_of(output)
+        held, full = (0, 0) if cache is None else kv_bytes(cache)
+        self.last = Finished(run.tokens, tuple(run.stages), run.past, held, full)
+
+
+class Later:
+    """The attention scores of a layer's own input, worked out only if a method asks for them."""
+
+    def __init__(self, *what: Any) -> None:
+        self._what = what
+        self._scores: LayerScores | None = None
+
+    @torch.no_grad()
+    def rows(self, rows: Tensor) -> Tensor:
+        """See `vlmaccel.hooks.Scores.rows`."""
+        return self._made().rows(rows)
+
+    @torch.no_grad()
+    def keys(self) -> Tensor:
+        """See `vlmaccel.hooks.Scores.keys`."""
+        return self._made().keys()
+
+    def _made(self) -> LayerScores:
+        if self._scores is None:
+            parts, run, module, hidden, kwargs, held = self._what
+            view = layer_view(run, parts, kwargs, held, hidden)
+            self._scores = LayerScores(module.self_attn, module.input_layernorm(hidden), view, run.past)
+        return self._scores
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The KV cache among a call's keywords or a model's outputs: `cache`, until transformers 5.23 `past_key_values`."""
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache
+
+
+def _needs_mask(run: Run, held: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a layer needs a mask over what it holds although nothing is dropped in this forward."""
+    if not isinstance(held, PrunedLayer):
+        return False
+    if kwargs.get("attention_mask") is not None or held.masked:
+        return True
+    window = getattr(held, "sliding_window", None)
+    return window is not None and run.past + run.length > window
+
+
+def kv_bytes(cache: Any) -> tuple[int, int]:
+    """Bytes that a cache holds, bookkeeping included, and that an unpatched cache of the same sequence would hold."""
+    held = full = 0
+    for layer in cache.layers:
+        if layer.keys is None or layer.keys.numel() == 0:
+            continue
+        stored = layer.keys.nbytes + layer.values.nbytes
+        length, window = layer.get_seq_length(), getattr(layer, "sliding_window", None)
+        length = length if window is None else min(length, window - 1)
+        held += layer.nbytes if isinstance(layer, PrunedLayer) else stored
+        full += stored // layer.keys.shape[-2] * int(length)
+    return held, full
