@@ -9,8 +9,8 @@ from is the adapters' business.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -40,25 +40,36 @@ class Scores(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower, and how many tokens go into it.
+
+    depth: number of blocks. tokens: at the first block, the prefix included. prefix: how many leading ones (class,
+    distillation, registers) are no patches and must stay. cost: of one block.
+    memory: what a method wants to remember during one pass of pictures through the tower.
+    """
+
+    depth: int
+    tokens: int
+    prefix: int
+    cost: BlockCost
+    memory: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
 @dataclass(frozen=True, eq=False)
 class VisionBlock:
     """Between attention and MLP of one ViT block.
 
-    layer, depth: 0-based number of the block, and how many there are.
+    tower: see `Tower`. layer: 0-based number of the block.
     hidden: (B, N, D) residual stream. keys: gives `metric`.
     size: (B, N) int64, patches that each token stands for; None while all are 1.
-    prefix: how many leading tokens (class, distillation, registers) must stay.
-    tokens: how many tokens went into the first block. cost: of one block.
     """
 
+    tower: Tower
     layer: int
-    depth: int
     hidden: Tensor
     keys: Callable[[], Tensor]
     size: Tensor | None
-    prefix: int
-    tokens: int
-    cost: BlockCost
 
     @property
     def metric(self) -> Tensor:
@@ -161,6 +172,10 @@ class Method:
         """Decoder layers whose entries `cache` is called with."""
         return ()
 
+    def vision_blocks(self, tower: Tower) -> Sequence[int]:
+        """Blocks of a vision tower in which `vision_block` is called: those that merge, for this number of tokens."""
+        return range(tower.depth)
+
     def vision_block(self, at: VisionBlock) -> Reduction | None:
         """Merge tokens between attention and MLP of a ViT block; None leaves them."""
         return None
@@ -202,6 +217,7 @@ __all__ = [
     "Run",
     "Scores",
     "TokenMap",
+    "Tower",
     "VisionBlock",
     "VisualTokens",
     "check_fits",

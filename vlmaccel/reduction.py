@@ -55,7 +55,8 @@ class Reduction:
     @classmethod
     def merge(cls, keep: Tensor, group: Tensor) -> Reduction:
         """Every token joins a slot: keep (B, n) and group (B, N) int64 as `vlmaccel.kernels.bipartite_match` gives them."""
-        return cls(keep, group, _sum(group, keep.shape[1], torch.ones_like(group)), merges=True, partition=True)
+        size = torch.zeros_like(keep).scatter_add_(1, group, torch.ones_like(group))
+        return cls(keep, group, size, merges=True, partition=True)
 
     @classmethod
     def select(cls, wanted: Tensor) -> Reduction:
@@ -112,6 +113,8 @@ class Reduction:
 
     def total(self, size: Tensor) -> Tensor:
         """Sum of the `size` (B, N) of every slot's members, (B, n) int64."""
+        if self.partition:
+            return torch.zeros_like(self.keep).scatter_add_(1, self.group, size)
         return _sum(self.group, self.keep.shape[1], size)
 
 

@@ -54,6 +54,7 @@ class DecoderHooks:
         self.depth = len(self.parts.layers)
         self.last: Finished | None = None
         self._local = Local()
+        self._before = [method for method in methods if "visual_tokens" in method.hook_points()]
         self._at = {point: self._acting(point) for point in ("decoder_layers", "attention_layers", "cache_layers")}
 
     def _acting(self, point: str) -> dict[int, list[Method]]:
@@ -169,7 +170,7 @@ class DecoderHooks:
     def _reduce(self, run: Run, i: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any], held: Any) -> Tensor:
         """Let the methods of layer `i` act on its input."""
         if i == 0:
-            for method in self.methods:
+            for method in self._before:
                 hidden = self._apply(run, i, method, method.visual_tokens(VisualTokens(run, hidden)), hidden)
         for method in self._at["decoder_layers"].get(i, ()):
             scores = Later(self.parts, run, module, hidden, kwargs, held)

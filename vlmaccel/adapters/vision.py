@@ -1,8 +1,9 @@
 """Merging inside the blocks of a vision tower, between attention and MLP, by hooks alone.
 
-A block adds its MLP's output to what went into the MLP, so it has to be given back as many tokens as it holds: the MLP
-runs on the merged tokens, its output is spread over their members, and the sum is merged. As every member has the same
-share of the output, merge(x + spread(y)) is merge(x) + y: exactly the block on merged tokens.
+A block adds its MLP's output to the residual stream x that it holds. In inference, x itself (the tensor that the norm
+before the MLP is called with) is given the merged values, and the rest of the block runs on fewer tokens. Autograd and
+torch.compile cannot follow that: there the MLP runs on the merged tokens, its output is spread over their members, and the
+sum is merged. As every member has the same share of the output, merge(x + spread(y)) is merge(x) + y: the same.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from vlmaccel.adapters.fast_attention import FastAttention
 from vlmaccel.flops import BlockCost
-from vlmaccel.hooks import Method, VisionBlock, check_fits
+from vlmaccel.hooks import Method, Tower, VisionBlock, check_fits
 from vlmaccel.reduction import Reduction, gather
 from vlmaccel.run import Stage
 
@@ -66,16 +67,19 @@ class VisionParts:
 class Pass:
     """One pass of a batch of pictures through the tower.
 
-    image: height and width of the pictures if known. everywhere: whether each block's output is looked at, so that every
-    patch has to be there between blocks. whole, here: merges of all blocks so far, and of the block at hand.
+    acting: the methods that merge in each block, if any. image: height and width of the pictures if known.
+    everywhere: whether each block's output is looked at, so that every patch has to be there between blocks.
+    whole, here: merges of all blocks so far, and of the block at hand.
     """
 
-    tokens: int
+    tower: Tower
+    acting: dict[int, list[Method]]
     image: tuple[int, int] | None
     everywhere: bool
     whole: Reduction | None = None
     here: Reduction | None = None
-    bias: Tensor | None = None  # (B, n) float32 on the keys
+    merged: bool = False  # whether the residual stream of the block at hand is merged already
+    bias: Tensor | None = None  # (B, n) float on the keys
     keys: Tensor | None = None
     fast: FastAttention | None = None
     done: bool = False
@@ -163,7 +167,12 @@ class VisionHooks:
             )
         # blocks that run without a call of the tower (timm's forward_intermediates) are there to be looked at
         image, everywhere = state.entered or (None, True)
-        state.entered, state.now = None, Pass(hidden.shape[1], image, everywhere)
+        tower = Tower(len(self.parts.blocks), hidden.shape[1], self.parts.prefix, self.cost)
+        acting: dict[int, list[Method]] = {}
+        for method in self.methods:
+            for block in method.vision_blocks(tower):
+                acting.setdefault(block, []).append(method)
+        state.entered, state.now = None, Pass(tower, acting, image, everywhere)
         return state.now
 
     def _checkpointing(self) -> bool:
@@ -187,12 +196,16 @@ class VisionHooks:
 
     def _before_attention(self, mask: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         now = self._state.now
-        if now is None or now.whole is None or now.done:
+        if now is None or not now.acting or now.done:
             return None
         queries_only = args if mask == "key_padding_mask" else args[:1]
         own = [*args[len(queries_only) :], *(kwargs.get(name) for name in MASKS), kwargs.get("is_causal") or None]
         if any(x is not None for x in own):
-            raise NotImplementedError("tokens cannot be merged in a tower that is given an attention mask")
+            why = "torch.export makes one for this model; unpatch it first, or use torch.compile"
+            raise NotImplementedError(
+                "tokens cannot be merged in a tower that is given an attention mask"
+                + (f": {why}" if torch.compiler.is_exporting() else "")
+            )
         hidden = args[0] if args else kwargs["hidden_states"]
         bias = None if now.bias is None else now.bias.to(hidden.device)
         if not torch.compiler.is_compiling() and FastAttention.fits(hidden):
@@ -212,60 +225,66 @@ class VisionHooks:
 
     def _on_keys(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         now = self._state.now
-        if now is not None and not now.done:
+        if now is not None:
             now.keys = output.detach()
 
     def _on_norm(self, i: int, metric: Callable[[Tensor], Tensor], module: nn.Module, args: tuple) -> Any:
         now, hidden = self._state.now, args[0]
-        if now is None or now.keys is None:
+        if now is None or now.keys is None or now.done or i not in now.acting:
             return None
         output, now.keys = now.keys, None
         whole = now.whole
-        for method in self.methods:
+        for method in now.acting[i]:
             earlier, size = now.here, None if whole is None else whole.size
 
             def keys(earlier: Reduction | None = earlier, before: Reduction | None = now.whole) -> Tensor:
                 made = metric(output)
                 return made if earlier is None else earlier.apply(made, None if before is None else before.size)
 
-            depth, prefix = len(self.parts.blocks), self.parts.prefix
-            at = VisionBlock(i, depth, hidden, keys, size, prefix, now.tokens, self.cost)
-            reduction = method.vision_block(at)
+            reduction = method.vision_block(VisionBlock(now.tower, i, hidden, keys, size))
             if reduction is None:
                 continue
             check_fits(method, reduction, hidden)
             hidden = reduction.apply(hidden, size)
             now.here = reduction if now.here is None else now.here.then(reduction)
             whole = reduction if whole is None else whole.then(reduction)
-        return None if now.here is None else (hidden, *args[1:])
+        if now.here is None:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return (hidden, *args[1:])
+        args[0].set_(hidden)
+        now.merged = True
+        return None
 
     def _on_mlp(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         now = self._state.now
-        return None if now is None or now.here is None else now.here.unmerge(output)
+        return None if now is None or now.here is None or now.merged else now.here.unmerge(output)
 
     def _after_block(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         now = self._state.now
         if now is None or now.done:
             return None
-        here, now.here, now.keys = now.here, None, None
+        here, merged = now.here, now.merged
+        now.here, now.merged, now.keys = None, False, None
         if here is not None:
-            output = here.apply(output, None if now.whole is None else now.whole.size)
-            self._merged(now, i, here)
+            if not merged:
+                output = here.apply(output, None if now.whole is None else now.whole.size)
+            self._merged(now, i, here, torch.promote_types(output.dtype, torch.float))
         last = i == (len(self.parts.blocks) - 1 if self.parts.last is None else self.parts.last)
         if last:
             now.done = True
-            self.last = Seen(output.shape[0], now.tokens, now.image, tuple(now.stages))
+            self.last = Seen(output.shape[0], now.tower.tokens, now.image, tuple(now.stages))
         if now.whole is not None and (last or now.everywhere):
             return now.whole.unmerge(output)
         return None if here is None else output
 
-    def _merged(self, now: Pass, i: int, here: Reduction) -> None:
+    def _merged(self, now: Pass, i: int, here: Reduction, dtype: torch.dtype) -> None:
         """Note what block `i` merged, and what it means for the attention of later blocks."""
         now.whole = whole = here if now.whole is None else now.whole.then(here)
         now.stages.append(Stage(i, whole.keep, whole.size, whole.group))
-        now.bias = whole.size.clamp(min=1).float().log() if self.prop_attn else None
+        now.bias = whole.size.clamp(min=1).to(dtype).log() if self.prop_attn else None
         if not whole.partition:
-            bias = torch.zeros_like(whole.size, dtype=torch.float) if now.bias is None else now.bias
+            bias = torch.zeros_like(whole.size, dtype=dtype) if now.bias is None else now.bias
             now.bias = bias.masked_fill(whole.size == 0, -1e4)  # in the range of every dtype, and exp of it is 0
 
     def _on_projector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -274,7 +293,7 @@ class VisionHooks:
         if now is None or now.whole is None or output.ndim != 3:
             return None
         first = gather(now.whole.keep[..., None], now.whole.group.clamp(min=0))[..., 0]
-        left = now.tokens - output.shape[1]  # class and register tokens are not projected by most
+        left = now.tower.tokens - output.shape[1]  # class and register tokens are not projected by most
         return gather(output, first[:, left:] - left) if 0 <= left <= self.parts.prefix else None
 
 

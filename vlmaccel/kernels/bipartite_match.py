@@ -57,20 +57,14 @@ def _torch_form(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
     first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
     unit = normalize(metric.float(), dim=-1, eps=1e-6)
     # max gives the lowest index of equal values, as argmax does, and is several times as fast on CPUs
-    best, partner = (unit[:, first_a::2] @ unit[:, first_b::2].mT).max(-1)
+    best, partner = torch.bmm(unit[:, first_a::2], unit[:, first_b::2].mT).max(-1)
     order = best.argsort(dim=-1, descending=True, stable=True)
-    left = order.shape[1] - r
-    rank = torch.empty_like(order).scatter_(1, order, index[: order.shape[1]].expand_as(order))
-    unmerged, slot = order[:, r:], rank - r
-    if prefix:
-        unmerged, slot = unmerged.sort(dim=1).values, (rank >= r).cumsum(1) - 1
-    b = index[first_b::2]
-    group = torch.empty(batch, n, dtype=torch.long, device=metric.device)
-    group[:, :prefix] = index[:prefix]
-    group[:, first_a::2] = torch.where(rank >= r, prefix + slot, prefix + left + partner)
-    group[:, first_b::2] = index[: len(b)] + prefix + left
-    keep = torch.cat([index[:prefix].expand(batch, -1), unmerged * 2 + first_a, b.expand(batch, -1)], 1)
-    return keep, group
+    source, left = order[:, :r], order[:, r:]
+    left = left.sort(dim=1).values if prefix else left
+    keep = torch.cat([index[:prefix].expand(batch, -1), left * 2 + first_a, index[first_b::2].expand(batch, -1)], 1)
+    group = metric.new_empty(batch, n, dtype=torch.long).scatter_(1, keep, index[: n - r].expand(batch, -1))
+    joined = partner.gather(1, source) + (prefix + left.shape[1])
+    return keep, group.scatter_(1, source * 2 + first_a, joined)
 
 
 def _fake(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:

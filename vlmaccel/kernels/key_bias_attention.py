@@ -23,7 +23,7 @@ matrix products over a few heads at a time are 1.1 to 1.4 times (float32) and ab
 logits are rounded to bfloat16, so the largest error is 4 to 5 times that of scaled_dot_product_attention.
 """
 
-CHUNK_BYTES = 3 * 2**20  # of logits: more of them do not stay in the cache, and would be the peak of a block's memory
+CHUNK = 3 * 2**19  # logits at a time: more do not stay in the cache, and would be the peak of a block's memory
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -49,7 +49,7 @@ def _cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: 
     if not products_are_faster(query.dtype):
         return _fused(query, key, value, bias, scale)
     batch, heads, rows, dim = query.shape
-    chunk = max(1, min(heads, CHUNK_BYTES // (rows * key.shape[2] * query.element_size())))
+    chunk = max(1, min(heads, CHUNK // (rows * key.shape[2])))
     # laid out as the output projection reads it
     out = query.new_empty(batch, rows, heads, dim).transpose(1, 2)
     for b in range(batch):

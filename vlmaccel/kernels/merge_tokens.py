@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, pad
+from torch.nn.functional import embedding_bag
 
 _LIB = torch.library.Library("vlmaccel", "FRAGMENT")
 _LIB.define("merge_tokens(Tensor x, Tensor group, Tensor? size, int n) -> Tensor")
@@ -35,29 +35,26 @@ def reference(x: Tensor, group: Tensor, size: Tensor | None, n: int) -> Tensor:
     return out.to(x.dtype)
 
 
-def _weight(x: Tensor, group: Tensor, size: Tensor | None, n: int) -> Tensor:
-    """(B, N) in the dtype of x, share of each token in its slot."""
-    index = group + 1  # 0 takes what is dropped
-    size = torch.ones_like(group, dtype=torch.float) if size is None else size.float()
-    total = size.new_zeros(group.shape[0], n + 1).scatter_add_(1, index, size)
-    return (size / total.gather(1, index).clamp(min=1e-9)).to(x.dtype)
-
-
-def _flat(group: Tensor, n: int) -> Tensor:
-    """(B * N,) int64, slots counted over the batch; B * n for what is dropped."""
+def _layout(x: Tensor, group: Tensor, size: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+    """(B * N,) each: the slot of every token, counted over the batch, B * n for one that is dropped; and its share of that
+    slot, in the dtype of x."""
     batch = group.shape[0]
-    offset = torch.arange(batch, device=group.device)[:, None] * n
-    return torch.where(group < 0, batch * n, group + offset).flatten()
+    first = n * torch.arange(batch, device=group.device)[:, None]
+    slot = torch.where(group < 0, batch * n, group + first).flatten()
+    exact = torch.promote_types(x.dtype, torch.float)
+    weight = x.new_ones(slot.shape, dtype=exact) if size is None else size.flatten().to(exact)
+    total = weight.new_zeros(batch * n + 1).index_add_(0, slot, weight)
+    return slot, (weight / total.clamp_(min=1e-9).index_select(0, slot)).to(x.dtype)
 
 
 def _torch_form(x: Tensor, group: Tensor, size: Tensor | None, n: int) -> Tensor:
     batch, _, width = x.shape
-    flat = _flat(group, n)
-    order = flat.argsort(stable=True)
-    start = pad(torch.bincount(flat, minlength=batch * n + 1).cumsum(0)[:-1], (1, 0))
-    weight = _weight(x, group, size, n).flatten()[order]
-    rows = x.reshape(-1, width)
-    out = embedding_bag(order, rows, start, mode="sum", per_sample_weights=weight)
+    slot, weight = _layout(x, group, size, n)
+    by_slot, order = slot.sort(stable=True)
+    # the last bag is what is dropped
+    start = torch.searchsorted(by_slot, torch.arange(batch * n + 1, device=x.device))
+    rows, share = x.reshape(-1, width), weight.index_select(0, order)
+    out = embedding_bag(order, rows, start, mode="sum", per_sample_weights=share)
     return out[: batch * n].view(batch, n, width)
 
 
@@ -66,14 +63,19 @@ def _fake(x: Tensor, group: Tensor, size: Tensor | None, n: int) -> Tensor:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, group, size, n = inputs
-    ctx.save_for_backward(group, _weight(x, group, size, n))
+    _, group, size, ctx.n = inputs
+    ctx.save_for_backward(group, size)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    group, weight = ctx.saved_tensors
-    rows = grad.gather(1, group.clamp(min=0)[..., None].expand(-1, -1, grad.shape[2]))
-    return rows * weight.masked_fill(group < 0, 0)[..., None], None, None, None
+    group, size = ctx.saved_tensors
+    share = _layout(grad, group, size, ctx.n)[1].view(group.shape).masked_fill(group < 0, 0)
+    return (
+        grad.gather(1, group.clamp(min=0)[..., None].expand(-1, -1, grad.shape[2])) * share[..., None],
+        None,
+        None,
+        None,
+    )
 
 
 _LIB.impl("merge_tokens", _torch_form, "CompositeExplicitAutograd")

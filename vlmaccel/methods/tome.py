@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from vlmaccel.flops import BlockCost
-from vlmaccel.hooks import Method, Positions, VisionBlock, VisualTokens
+from vlmaccel.hooks import Method, Positions, Tower, VisionBlock, VisualTokens
 from vlmaccel.kernels.bipartite_match import bipartite_match, merged
 from vlmaccel.methods.selection import Position, check_calibrated, check_choice, representatives
 from vlmaccel.reduction import Reduction
@@ -94,9 +92,10 @@ class ToMe(Method):
     def hook_points(self) -> tuple[str, ...]:
         return ("vision_block", "visual_tokens") if self.after == "carry" else ("vision_block",)
 
-    def counts(self, depth: int, tokens: int, prefix: int, cost: BlockCost) -> tuple[int, ...]:
-        """r of every block, for a tower of `depth` blocks over `tokens` tokens, the `prefix` included."""
+    def counts(self, tower: Tower) -> tuple[int, ...]:
+        """r of every block of a vision tower."""
         assert isinstance(self.schedule, float)
+        depth = tower.depth
         if isinstance(self.r, tuple):
             return (*self.r[:depth], *[0] * (depth - len(self.r)))
         if isinstance(self.r, int):
@@ -104,21 +103,23 @@ class ToMe(Method):
             step = (2 * self.r - 2 * low) / max(1, depth - 1)
             return tuple(int(low + step * i) for i in range(depth)) if depth > 1 else (self.r,)
         if self.keep is not None:
-            return _keeping(self.keep, self.schedule, depth, tokens, prefix)
-        speedup = DEFAULT_SPEEDUP if self.speedup is None else self.speedup
-        return _as_fast(speedup, self.schedule, depth, tokens, prefix, cost)
+            return _keeping(self.keep, self.schedule, tower)
+        return _as_fast(DEFAULT_SPEEDUP if self.speedup is None else self.speedup, self.schedule, tower)
+
+    def vision_blocks(self, tower: Tower) -> Sequence[int]:
+        counts = tower.memory[self.name] = self.counts(tower)
+        left = tokens_left(counts, tower)
+        return [block for block, (before, after) in enumerate(pairwise(left)) if after < before]
 
     def vision_block(self, at: VisionBlock) -> Reduction | None:
-        r = self.counts(at.depth, at.tokens, at.prefix, at.cost)[at.layer]
-        if merged(at.hidden.shape[1], r, at.prefix) == 0:
-            return None
+        r = at.tower.memory[self.name][at.layer]
         metric = at.metric if self.match == "keys" else self._noise(at)
-        return Reduction.merge(*bipartite_match(metric, r, at.prefix))
+        return Reduction.merge(*bipartite_match(metric, r, at.tower.prefix))
 
     def _noise(self, at: VisionBlock) -> Tensor:
         """Random vectors in place of keys, the same for all pictures: a batch is merged as each of its pictures alone."""
         batch, n, _ = at.hidden.shape
-        generator = torch.Generator().manual_seed(self.seed * at.depth + at.layer)
+        generator = torch.Generator().manual_seed(self.seed * at.tower.depth + at.layer)
         return torch.randn(1, n, 16, generator=generator).to(at.hidden.device).expand(batch, -1, -1)
 
     @torch.no_grad()
@@ -129,45 +130,45 @@ class ToMe(Method):
 
 def spread(total: int, inflect: float, depth: int) -> list[int]:
     """`total` merges over `depth` blocks, evenly, or on a line from (1 - inflect) to (1 + inflect) times the mean."""
-    weights = [1 - inflect + 2 * inflect * i / max(1, depth - 1) for i in range(depth)]
-    until = [total * sum(weights[:i]) / max(sum(weights), 1e-9) for i in range(depth + 1)]
-    return [int(b + 1e-6) - int(a + 1e-6) for a, b in pairwise(until)]
+    weights = [1 - inflect + 2 * inflect * i / (depth - 1) for i in range(depth)] if depth > 1 else [1.0]
+    share = [0.0, *accumulate(weights)]
+    until = [int(total * x / share[-1] + 1e-6) for x in share]
+    return [after - before for before, after in pairwise(until)]
 
 
-def tokens_left(counts: Sequence[int], tokens: int, prefix: int) -> list[int]:
+def tokens_left(counts: Sequence[int], tower: Tower) -> list[int]:
     """Tokens before the first block, and behind each."""
-    left = [tokens]
+    left = [tower.tokens]
     for r in counts:
-        left.append(left[-1] - merged(left[-1], r, prefix))
+        left.append(left[-1] - merged(left[-1], r, tower.prefix))
     return left
 
 
-@cache
-def _keeping(keep: float, inflect: float, depth: int, tokens: int, prefix: int) -> tuple[int, ...]:
-    patches = tokens - prefix
+def _keeping(keep: float, inflect: float, tower: Tower) -> tuple[int, ...]:
+    patches = tower.tokens - tower.prefix
     wanted = max(1, int(patches * keep + 1e-6))
-    counts = spread(patches - wanted, inflect, depth)
-    if (least := tokens_left(counts, tokens, prefix)[-1] - prefix) > wanted:
+    counts = spread(patches - wanted, inflect, tower.depth)
+    if (least := tokens_left(counts, tower)[-1] - tower.prefix) > wanted:
         raise ValueError(
-            f"{depth} blocks cannot merge {patches} patches to {wanted} (keep={keep}) by this schedule, as each can merge "
-            f"half of what it gets: the least is {least}"
+            f"{tower.depth} blocks cannot merge {patches} patches to {wanted} (keep={keep}) by this schedule, as each can "
+            f"merge half of what it gets: the least is {least}"
         )
     return tuple(counts)
 
 
-@cache
-def _as_fast(speedup: float, inflect: float, depth: int, tokens: int, prefix: int, cost: BlockCost) -> tuple[int, ...]:
+def _as_fast(speedup: float, inflect: float, tower: Tower) -> tuple[int, ...]:
     def faster(total: int) -> float:
-        left = tokens_left(spread(total, inflect, depth), tokens, prefix)
-        return depth * cost.flops(tokens, tokens) / sum(cost.flops(*pair) for pair in pairwise(left))
+        left = tokens_left(spread(total, inflect, tower.depth), tower)
+        whole = tower.depth * tower.cost.flops(tower.tokens, tower.tokens)
+        return whole / sum(tower.cost.flops(before, after) for before, after in pairwise(left))
 
-    few, many = 0, max(0, tokens - prefix - 1)
+    few, many = 0, max(0, tower.tokens - tower.prefix - 1)
     if faster(many) < speedup:
         raise ValueError(f"merging cannot make these blocks {speedup} times as fast, at most {faster(many):.2f} times")
     while few < many:  # the fewest merges that are enough
         middle = (few + many) // 2
         few, many = (few, middle) if faster(middle) >= speedup else (middle + 1, many)
-    return tuple(spread(few, inflect, depth))
+    return tuple(spread(few, inflect, tower.depth))
 
 
 def equal_tokens(at: VisualTokens, position: Position) -> Tensor | None:
@@ -176,7 +177,8 @@ def equal_tokens(at: VisualTokens, position: Position) -> Tensor | None:
     tokens = at.tokens
     representative = torch.arange(tokens.modality.shape[1], device=at.hidden.device).repeat(len(tokens.modality), 1)
     before = representative.clone()
-    for sample, image in enumerate(tokens.image):
+    newline = (tokens.grid[..., 1] >= 0) & (tokens.grid[..., 2] < 0)
+    for sample, image in enumerate(tokens.image.masked_fill(newline, -1)):
         for number in range(int(image.max()) + 1):
             index = (image == number).nonzero().flatten().to(at.hidden.device)
             bits = at.hidden[sample, index].view({2: torch.int16, 4: torch.int32, 8: torch.int64}[at.hidden.itemsize])
