@@ -20,8 +20,10 @@ from vlmaccel.methods import (
     Pool,
     PyramidDrop,
     Random,
+    ToMeDecoder,
     Uniform,
 )
+from vlmaccel.methods.merging import Merging
 from vlmaccel.reduction import Reduction
 from vlmaccel.run import Modality, Stage
 
@@ -36,6 +38,10 @@ METHODS = {
     "uniform": Uniform(layer=0, ratio=0.4, positions="renumber"),
     "pool": Pool(layer=0, ratio=0.4),
     "pool-prop-attn": Pool(layer=3, ratio=0.4, prop_attn=True),
+    "pool-calibrated": Pool(layer=1, ratio=0.4, calibrated=True),
+    "tome-decoder": ToMeDecoder(layer=2, ratio=0.4),
+    "tome-decoder-renumber": ToMeDecoder(layer=0, ratio=0.2, prop_attn=False, position="first", positions="renumber"),
+    "tome-decoder-calibrated": ToMeDecoder(layer=1, ratio=0.6, calibrated=True),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 VLM = "llava-clip-llama"
@@ -91,7 +97,7 @@ def test_kept_indices_and_counts(method, kind):
         kept = torch.zeros_like(real).scatter(1, stage.keep, stage.size > 0)
         assert (stage.keep.diff() > 0).all()
         assert not (kept & ~real).any()
-        if not isinstance(method, Pool):
+        if not isinstance(method, Merging):
             assert (stage.size <= 1).all()
         # every token either joined a slot or was dropped; a slot's size counts its members
         joined = stage.group >= 0
@@ -165,7 +171,7 @@ def test_decoding_over_the_cache_is_recomputing(method, kind):
         "input_ids": torch.cat([batch["input_ids"], later], 1),
         "attention_mask": extend_mask(batch["attention_mask"], 8),
     }
-    with vlmaccel.patched(model, Replay(stages, method.positions, method.prop_attn)):
+    with vlmaccel.patched(model, Replay(stages, method.positions, method.prop_attn, method.calibrated)):
         again = model(**whole, use_cache=False).logits[:, -8:]
     assert torch.allclose(steps, again, atol=5e-5)
 
@@ -178,6 +184,7 @@ class Replay(Method):
     stages: dict[int, Stage]
     positions: Positions = "keep"
     prop_attn: bool = False
+    calibrated: bool = False
 
     def decoder_layers(self, depth):
         return tuple(self.stages)
@@ -265,7 +272,7 @@ def test_half_precision_runs_and_keeps_the_counts(method):
 def test_any_lengths_budgets_and_paddings(lengths, ratio, layer, name, positions):
     model = build("llama")
     method = METHODS[name]
-    options = {"ratio": ratio, "positions": positions}
+    options = {"ratio": ratio, "positions": "keep" if method.calibrated else positions}
     method = replace(method, **options, **({} if isinstance(method, PyramidDrop) else {"layer": layer}))
     generator = torch.Generator().manual_seed(sum(lengths))
     prompts = [torch.randint(2, 100, (n,), generator=generator).tolist() for n in lengths]

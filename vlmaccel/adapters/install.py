@@ -29,6 +29,12 @@ class Patch:
         self.decoder = None if parts is None else DecoderHooks(parts, adapter, self.methods)
         merging = [method for method in self.methods if "vision_block" in method.hook_points()]
         self.vision = VisionHooks(adapter.vision(model), merging) if merging else None
+        for method in merging:
+            if "visual_tokens" in method.hook_points() and self.vision and self.vision.parts.projector is None:
+                raise NotImplementedError(
+                    f"{method!r} hands merged tokens on to the decoder, but {type(model).__name__} does not give its "
+                    'decoder one token for each patch; use after="unmerge"'
+                )
         self._handles: list[Any] = []
 
     def install(self, model: nn.Module) -> None:

@@ -52,7 +52,9 @@ class LlavaAdapter(Adapter):
         tower = vision_parts(base.vision_tower)
         # hidden_states[0] is what goes into the first block
         last = used - 1 if used >= 0 else len(tower.blocks) + used
-        return replace(tower, last=last, projector=base.multi_modal_projector)
+        # OneVision interpolates between projected patches, so those of a group do not stay equal
+        as_they_are = not type(base).__name__.startswith("LlavaOnevision")
+        return replace(tower, last=last, projector=base.multi_modal_projector if as_they_are else None)
 
     def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:
         inputs = encode_pictures(base, inputs)

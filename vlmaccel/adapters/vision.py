@@ -52,7 +52,7 @@ class VisionParts:
     tower: is called with pictures (B, 3, H, W), or at least whenever the blocks run one after the other.
     prefix: leading tokens that are no patches. last: the only block whose output is used; None if it is the final one and
         others may be asked for. prop_attn: whether the family does better with proportional attention.
-    projector: what takes the tower's output to a decoder, if anything does.
+    projector: what makes one token for a decoder of every patch; None if nothing does.
     """
 
     tower: nn.Module

@@ -64,7 +64,7 @@ class ToMe(Method):
             r, schedule = r
         elif r is not None and not isinstance(r, int):
             if not isinstance(r, Sequence) or isinstance(r, str):
-                raise ValueError(f"r is a number, a list with one a block, or (r, inflect), not {self.r!r}")
+                raise ValueError(f"r is a whole number, a list with one a block, or (r, inflect), not {self.r!r}")
             # a frozen dataclass has to be hashable, and two numbers in a tuple would be (r, inflect)
             r = (*r, *[0] * (3 - len(r)))
         counts = r if isinstance(r, tuple) else (r,)
@@ -162,7 +162,7 @@ def _as_fast(speedup: float, inflect: float, tower: Tower) -> tuple[int, ...]:
         whole = tower.depth * tower.cost.flops(tower.tokens, tower.tokens)
         return whole / sum(tower.cost.flops(before, after) for before, after in pairwise(left))
 
-    few, many = 0, max(0, tower.tokens - tower.prefix - 1)
+    few, many = 0, tower.tokens - tower.prefix
     if faster(many) < speedup:
         raise ValueError(f"merging cannot make these blocks {speedup} times as fast, at most {faster(many):.2f} times")
     while few < many:  # the fewest merges that are enough

@@ -48,11 +48,13 @@ def merge_down(metric: Tensor, size: Tensor, place: Tensor, view: Tensor, kept: 
     metric: (m, d) float32. size: (m,) tokens that each stands for. place: (m, 2) row and column, in the grid `view` (m,).
     """
     label = torch.arange(len(metric), device=metric.device)
+    row, column = place.unbind(1)
     total, left, reach = metric * size[:, None], label, 1
     while len(left) > kept:
         a, b = left[::2], left[1::2]
         unit = normalize(total, dim=-1, eps=1e-6)
-        away = (place[a][:, None] - place[b]).abs().amax(-1) + (view[a][:, None] != view[b]) * 2**20
+        away = (row[a][:, None] - row[b]).abs().maximum((column[a][:, None] - column[b]).abs())
+        away += (view[a][:, None] != view[b]) * 2**20
         best, partner = (unit[a] @ unit[b].T).masked_fill(away > reach, -torch.inf).max(1)
         r = min(len(left) - kept, int((best > -torch.inf).sum()))
         source = best.argsort(descending=True, stable=True)[:r]
