@@ -1,10 +1,16 @@
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch.utils import flop_counter
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlmaccel.flops import count_flops, decoder_flops, layer_flops
+import vlmaccel
+from tests.support.vits import DEPTH, outputs, pictures
+from tests.support.vits import build as build_vit
+from vlmaccel.adapters.base import find_adapter
+from vlmaccel.flops import BlockCost, count_flops, decoder_flops, layer_flops
+from vlmaccel.methods import ToMe
 
 D, M, LAYERS = 4096, 11008, 32  # Vicuna-7B
 
@@ -112,3 +118,33 @@ def test_causal_attention_counts_the_whole_square():
             for causal in (False, True)
         ]
     assert counts[0] == counts[1] == 2 * 2 * (2 * 6 * 6 * 4)
+
+
+@pytest.mark.parametrize("kind", ["timm-class", "timm-eva02", "hf-clip", "open-clip-custom"])
+@torch.no_grad()
+def test_blocks_of_a_vision_transformer_are_counted_in_full(kind):
+    """Attention on CPUs too, as it is and over merged tokens; what is left is the patch embedding and the head."""
+    model, pixels = build_vit(kind), pictures(2)
+    cost = BlockCost.of(*((b := find_adapter(model).vision(model).blocks[0]).attention, b.mlp))
+    whole = count_flops(lambda: outputs(model, pixels))
+    outside = whole - 2 * 2 * DEPTH * cost.flops(65, 65)
+    assert 0 < outside < 0.1 * whole
+    with vlmaccel.patched(model, ToMe(r=8, match="random")):
+        merged = count_flops(lambda: outputs(model, pixels))
+        stats = vlmaccel.stats(model)
+    matching = 2 * 2 * sum((n - 1) // 2 * (n // 2) * 16 for n in stats.tokens[:-1])
+    assert merged - matching == outside + 2 * stats.flops
+    assert stats.flops == 2 * sum(cost.flops(a, b) for a, b in zip(stats.tokens, stats.tokens[1:], strict=False))
+
+
+@torch.no_grad()
+def test_vit_large_at_384_is_381_gflops():
+    """Without a formula for the CPU's attention torch says 349."""
+    model = timm.create_model("vit_large_patch16_384", depth=3).eval()
+    three = count_flops(lambda: model(torch.randn(1, 3, 384, 384)))
+    block = 2 * BlockCost(1024, 4 * 1024**2, 8 * 1024**2).flops(577, 577)
+    outside = 2 * 576 * 768 * 1024 + 2 * 1024 * 1000
+    assert three == 3 * block + outside
+    attention = 24 * 2 * 2 * 577**2 * 1024
+    assert round(24 * block / 1e9) == 381
+    assert round((24 * block + outside - attention) / 1e9) == 349

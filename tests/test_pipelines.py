@@ -1,6 +1,7 @@
 """transformers pipelines take a patched model as it is."""
 
 import pytest
+import skimage.data
 import torch
 import transformers as hf
 from PIL import Image
@@ -9,7 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import vlmaccel
 from tests.support.models import build
 from tests.support.tiny_vqa import tiny_llava
-from vlmaccel.methods import PyramidDrop, Uniform
+from tests.support.vits import PATCHES, SIDE
+from tests.support.vits import build as build_vit
+from vlmaccel.methods import PyramidDrop, ToMe, Uniform
 
 QUESTIONS = ("what color is the circle?", "is there a red shape?")
 
@@ -68,3 +71,54 @@ def test_text_generation():
         assert vlmaccel.stats(model).stages
         assert texts(2) == singles
         assert singles != unpatched
+
+
+def test_image_classification():
+    model = build_vit("hf-vit")
+    processor = hf.ViTImageProcessor(size={"height": SIDE, "width": SIDE})
+    photographs = [Image.fromarray(photo) for photo in (skimage.data.astronaut(), skimage.data.chelsea())]
+
+    def scores(batch_size=1):
+        pipe = hf.pipeline("image-classification", model=model, image_processor=processor)
+        assert pipe.model is model
+        return [{row["label"]: row["score"] for row in rows} for rows in pipe(photographs, batch_size=batch_size)]
+
+    unpatched = scores()
+    with vlmaccel.patched(model, ToMe(r=0)):
+        assert scores() == unpatched
+    with vlmaccel.patched(model, ToMe(keep=0.5)):
+        merged = scores()
+        assert vlmaccel.stats(model).tokens[-1] == 1 + PATCHES // 2
+        assert scores(batch_size=2) == [pytest.approx(one, abs=1e-5) for one in merged]
+    assert merged != unpatched
+    assert scores() == unpatched
+
+
+@pytest.mark.parametrize("kind", ["hf-clip-model", "hf-siglip-model"])
+def test_zero_shot_image_classification(kind):
+    words = {f"w{i}": i for i in range(3, 60)} | {"<pad>": 0, "<unk>": 1, "</s>": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", model_max_length=16
+    )
+    model = build_vit(kind)
+    edge = {"height": SIDE, "width": SIDE}
+    processor = hf.CLIPImageProcessor(size=edge, crop_size=edge)
+    photograph = Image.fromarray(skimage.data.astronaut())
+
+    def scores():
+        pipe = hf.pipeline(
+            "zero-shot-image-classification", model=model, tokenizer=tokenizer, image_processor=processor
+        )
+        assert pipe.model is model
+        rows = pipe(photograph, candidate_labels=["w7", "w9", "w11"], hypothesis_template="w3 {} </s>")
+        return {row["label"]: row["score"] for row in rows}
+
+    unpatched = scores()
+    with vlmaccel.patched(model, ToMe(r=0)):
+        assert scores() == unpatched
+    with vlmaccel.patched(model, ToMe(r=8)):
+        assert scores() != unpatched
+        assert vlmaccel.stats(model).tokens[-1] < vlmaccel.stats(model).tokens[0]
+    assert scores() == unpatched

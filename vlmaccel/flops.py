@@ -97,8 +97,8 @@ def _match(metric: Sequence[int], r: int, prefix: int, *_: Any, **__: Any) -> in
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
-    key_bias_attention: _sdpa,
-    bipartite_match: _match,
+    key_bias_attention._overloadpacket: _sdpa,
+    bipartite_match._overloadpacket: _match,
 }
 
 

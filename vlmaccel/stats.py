@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vlmaccel.adapters.install import Patch
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TowerStats:
     """Numbers of one pass through a vision tower that merges.
 
@@ -42,7 +42,7 @@ class TowerStats:
         """Share of the unpatched blocks' FLOPs that was spent."""
         return self.flops / self.flops_full
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
             f"{' + '.join(self.methods)}, {self.batch} picture(s), {self.blocks} blocks\n"
             f"tokens: {' '.join(map(str, self.tokens))}\n"
@@ -50,7 +50,7 @@ class TowerStats:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Stats:
     """Numbers of one prefill.
 
@@ -87,7 +87,7 @@ class Stats:
         """Share of the unpatched decoder's prefill FLOPs that was spent."""
         return self.flops / self.flops_full
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         stages = ", ".join(f"{stage.keep.shape[1]} from layer {stage.layer} on" for stage in self.stages)
         return (
             f"{' + '.join(self.methods)}, {self.batch} sample(s), {self.layers} decoder layers\n"

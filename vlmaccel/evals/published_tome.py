@@ -47,15 +47,20 @@ class PublishedToMe:
         return attention.proj(y), key.mean(1)
 
 
-def merge(x: Tensor, size: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Merge the r likest tokens of x (B, N, D), the class token first; size: (B, N, 1)."""
+def match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which even tokens are left, which merge, and into which odd ones: (B, m, 1) each. metric: (B, N, d)."""
     metric = metric / metric.norm(dim=-1, keepdim=True)
     scores = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
-    scores[:, 0] = -torch.inf
+    scores[:, 0] = -torch.inf  # the class token stays
     best, partner = scores.max(dim=-1)
     order = best.argsort(dim=-1, descending=True)[..., None]
     left, source = order[:, r:].sort(dim=1).values, order[:, :r]
-    target = partner[..., None].gather(1, source)
+    return left, source, partner[..., None].gather(1, source)
+
+
+def merge(x: Tensor, size: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Merge the r likest tokens of x (B, N, D); size: (B, N, 1)."""
+    left, source, target = match(metric, r)
 
     def add(y: Tensor) -> Tensor:
         even, odd = y[:, ::2], y[:, 1::2]
