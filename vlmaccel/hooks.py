@@ -44,7 +44,7 @@ class Scores(Protocol):
 class Tower:
     """A vision tower, and how many tokens go into it.
 
-    depth: number of blocks. tokens: at the first block, the prefix included. prefix: how many leading ones (class,
+    depth: number of blocks whose output is used. tokens: at the first block, the prefix included. prefix: how many leading ones (class,
     distillation, registers) are no patches and must stay. cost: of one block.
     memory: what a method wants to remember during one pass of pictures through the tower.
     """

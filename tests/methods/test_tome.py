@@ -252,6 +252,9 @@ def test_unmerging_leaves_the_decoder_all_its_tokens():
     assert stats.stages == ()
     assert stats.mean_visual_tokens == stats.nominal_visual_tokens
     assert stats.tower.tokens == [10, 8, 6, 6]  # the last block's output is not used
+    with vlmaccel.patched(model, ToMe(keep=0.5)):
+        model(**batch)
+        assert vlmaccel.stats(model).tower.tokens[-1] == 1 + 9 // 2
 
 
 def test_a_model_that_interpolates_cannot_carry():

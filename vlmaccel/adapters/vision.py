@@ -148,6 +148,11 @@ class VisionHooks:
         self.__dict__.update(state, _local=Local(), _traced=Traced())
 
     @property
+    def _last(self) -> int:
+        """The block behind which every patch is there again."""
+        return len(self.parts.blocks) - 1 if self.parts.last is None else self.parts.last
+
+    @property
     def _state(self) -> Local | Traced:
         return self._traced if torch.compiler.is_compiling() else self._local
 
@@ -167,7 +172,7 @@ class VisionHooks:
             )
         # blocks that run without a call of the tower (timm's forward_intermediates) are there to be looked at
         image, everywhere = state.entered or (None, True)
-        tower = Tower(len(self.parts.blocks), hidden.shape[1], self.parts.prefix, self.cost)
+        tower = Tower(self._last + 1, hidden.shape[1], self.parts.prefix, self.cost)
         acting: dict[int, list[Method]] = {}
         for method in self.methods:
             for block in method.vision_blocks(tower):
@@ -270,7 +275,7 @@ class VisionHooks:
             if not merged:
                 output = here.apply(output, None if now.whole is None else now.whole.size)
             self._merged(now, i, here, torch.promote_types(output.dtype, torch.float))
-        last = i == (len(self.parts.blocks) - 1 if self.parts.last is None else self.parts.last)
+        last = i == self._last
         if last:
             now.done = True
             self.last = Seen(output.shape[0], now.tower.tokens, now.image, tuple(now.stages))
