@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import vlmaccel
@@ -23,7 +24,9 @@ def run(*args):
     return CliRunner().invoke(app, args)
 
 
-@pytest.mark.parametrize("args", [[], ["demo"], ["eval"], ["eval", "vqa"], ["bench"], ["methods"], ["adapters"]])
+@pytest.mark.parametrize(
+    "args", [[], ["demo"], ["eval"], ["eval", "vqa"], ["bench"], ["visualize"], ["methods"], ["adapters"]]
+)
 def test_help(args):
     ran = run(*args, "--help")
     assert ran.exit_code == 0
@@ -148,3 +151,20 @@ def test_parse_options_refuses(pair):
 def test_cli_itself_loads_no_model_library():
     code = f"import runpy, sys; runpy.run_path({cli.__file__!r}); assert not {{'torch', 'transformers'}} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_visualize_writes_a_picture(checkpoint, tmp_path):
+    image, out = tmp_path / "in.png", tmp_path / "groups.png"
+    Image.linear_gradient("L").save(image)
+    ran = run("visualize", str(image), "--option", "r=16", "--block", "0", "--block", "7", "--out", str(out))
+    assert ran.exit_code == 0, ran.output
+    assert str(out) in ran.stdout
+    three = Image.open(out).size
+    args = ["--model", checkpoint, "--prompt", "is it red?", "--method", "fastv", "--option", "layer=1"]
+    ran = run("visualize", str(image), *args, "--out", str(out))
+    assert ran.exit_code == 0, ran.output
+    assert Image.open(out).size[0] < three[0]
+
+    wrong = run("visualize", str(image), "--block", "8", "--out", str(out))
+    assert wrong.exit_code == 2
+    assert wrong.stderr.strip() == "vlmaccel: there is no block 8: blocks of this tower are 0 to 7"

@@ -14,6 +14,7 @@ LEVELS = [
     {"cli"},
     {"pipelines"},
     {"evals", "training"},
+    {"plots_groups"},
     {"plots"},
     {"patching"},
     {"stats"},

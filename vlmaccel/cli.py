@@ -93,6 +93,55 @@ def vqa(
         _show(table(result, result.loyalty(others) if others else None))
 
 
+@evals.command()
+def imagenet(
+    model: Annotated[
+        str,
+        typer.Option(help="tiny-vit, timm:NAME, open_clip:NAME@WEIGHTS, a directory or hub id for transformers."),
+    ] = "tiny-vit",
+    data: Annotated[str, typer.Option(help="easy-vqa, a folder a class, or what datasets saved.")] = "easy-vqa",
+    method: Annotated[str, typer.Option(help="One of `vlmaccel methods`.")] = "tome",
+    r: Annotated[
+        list[str] | None, typer.Option("--r", help="One or several, e.g. 4,8,12,16, which is tome's default.")
+    ] = None,
+    option: Options = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many pictures, evenly spread.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of each process.")] = 32,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results, JSON and plot; go on if it has results.")
+    ] = None,
+) -> None:
+    """Classify pictures: accuracy and images per second, patched against unpatched.
+
+    With `accelerate launch -m vlmaccel.cli eval imagenet ...`, all processes or GPUs share the work.
+    """
+    with user_errors():
+        from vlmaccel.evals import imagenet_report
+        from vlmaccel.evals.classifiers import load_classifier
+        from vlmaccel.evals.image_data import need, read_data
+        from vlmaccel.evals.imagenet import evaluate, finish, processes, sweep
+
+        ways = sweep(method, _numbers(r), parse_options(option))
+        if out:
+            need("matplotlib", "demo")  # before the work, not after it
+            out.mkdir(parents=True, exist_ok=True)
+        state, place = processes(device)
+        pictures = read_data(data).spread(limit)
+        classifier = load_classifier(model, pictures.classes, dtype, place)
+        file = out / "results.jsonl" if out else None
+        with _progress(state.is_main_process) as progress:
+            progress.start("classifying", len(pictures))
+            result = evaluate(classifier, pictures, ways, batch_size, file, workers=workers, tick=progress.advance)
+        if result:
+            _show(imagenet_report.table(result), *imagenet_report.notes(result))
+            if out:
+                _show(f"\nwrote {', '.join(map(str, imagenet_report.write(result, out)))}")
+        finish(state)
+
+
 @app.command()
 def bench(
     shape: Annotated[str, typer.Option(help="Named model shape.")] = "llava-1.5-7b",
@@ -141,6 +190,41 @@ def bench(
 
 
 @app.command()
+def visualize(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="tiny-vit, which comes with vlmaccel; timm:NAME, timm:local-dir:PATH, open_clip:NAME@WEIGHTS; a "
+            "directory or hub id for transformers, of a ViT, CLIP, SigLIP, DINOv2 or vision-language model."
+        ),
+    ] = "tiny-vit",
+    method: Annotated[str, typer.Option(help="One of `vlmaccel methods`.")] = "tome",
+    option: Options = None,
+    block: Annotated[
+        list[int] | None,
+        typer.Option("--block", help="Of the vision tower, from 0; several times. Default: a few, and the last."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="For a vision-language model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("groups.png"),
+) -> None:
+    """Draw on a picture which patches a method merges in the vision tower, and which ones survive in the decoder."""
+    with user_errors():
+        from vlmaccel.evals.image_data import need
+
+        need("matplotlib", "demo")
+        from vlmaccel.evals.visualize import visualize as work
+        from vlmaccel.plots import save
+
+        with _progress() as progress:
+            progress.start("looking", 0)
+            figure = work(model, image, method, parse_options(option), block, prompt, dtype, device)
+        _show(f"wrote {save(figure, out)}")
+
+
+@app.command()
 def methods() -> None:
     """What `--method` can be."""
     with user_errors():
@@ -170,6 +254,13 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             options[key] = value
     return options
+
+
+def _numbers(lists: list[str] | None) -> list[int]:
+    try:
+        return [int(part) for text in lists or () for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--r takes whole numbers, e.g. 4,8, not {' '.join(lists or ())!r}") from None
 
 
 @contextmanager
@@ -202,7 +293,7 @@ class _Bar:
 
 
 @contextmanager
-def _progress() -> Iterator[_Bar]:
+def _progress(shown: bool = True) -> Iterator[_Bar]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -220,7 +311,7 @@ def _progress() -> Iterator[_Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
         yield _Bar(bar)
 
 

@@ -20,6 +20,7 @@ MARKERS = "osD^vPX*"
 BASELINES = {"random": "-", "uniform": "--", "pool": ":"}
 GREY = "#6e6e6e"
 DARK, DIMMED = 45.0, 0.8  # how dark, and how far a dropped patch goes there
+DPI = 150
 
 
 class Point(NamedTuple):
@@ -155,5 +156,5 @@ def survivors_plot(rows: Sequence[tuple[str, Sequence[Panel]]]) -> Figure:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG, and say where."""
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
     return path

@@ -7,23 +7,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-_HEADER = "vlmaccel eval vqa"  # the field of the first line that holds the settings
+VQA = "vlmaccel eval vqa"
 
 
 class AnswerFile:
-    """Opens `path` for appending, or starts it with a line that holds the settings.
+    """Opens `path` for appending, or starts it with a line that holds the settings, in a field named by the command.
 
     A last line that was cut off by an interruption is removed. Raises ValueError if the file holds something else, or
     answers that were made with other settings.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], command: str = VQA) -> None:
         self.rows: list[dict[str, Any]] = []
-        header = json.dumps({_HEADER: dict(settings)})
+        self._command = command
+        header = json.dumps({command: dict(settings)})
         text = path.read_bytes() if path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]
         if whole:
-            self._read(path, whole.decode("utf-8", errors="replace").splitlines(), json.loads(header)[_HEADER])
+            self._read(path, whole.decode("utf-8", errors="replace").splitlines(), json.loads(header)[command])
         elif text and not header.encode().startswith(text):
             raise ValueError(f"{path} is not a file of answers; name another one")
         self._file = path.open("ab")
@@ -37,13 +38,13 @@ class AnswerFile:
                 row = json.loads(line)
             except ValueError:
                 row = None
-            if not isinstance(row, dict) or (_HEADER not in row if number == 1 else "id" not in row):
+            if not isinstance(row, dict) or (self._command not in row if number == 1 else "id" not in row):
                 what = "is not a file of answers" if number == 1 else f"is damaged in line {number}"
                 raise ValueError(f"{path} {what}; name another one")
             if number > 1:
                 self.rows.append(row)
-            elif row[_HEADER] != settings:
-                raise ValueError(f"{path} was made with {_difference(row[_HEADER], settings)}; name another file")
+            elif (made_with := row[self._command]) != settings:
+                raise ValueError(f"{path} was made with {_difference(made_with, settings)}; name another file")
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows, each with an `id`, and hand them to the operating system at once."""
@@ -64,10 +65,10 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """The answers in a file that an `AnswerFile` wrote, by the question's id."""
+    """The answers in a file that `vlmaccel eval vqa` wrote, by the question's id."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of answers {path}")
     first, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] or [{}]
-    if _HEADER not in first:
+    if VQA not in first:
         raise ValueError(f"{path} is not a file of answers")
     return {row["id"]: row["answer"] for row in rows}
