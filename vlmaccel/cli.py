@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ import typer
 app = typer.Typer(help="Faster and smaller vision-language models.", no_args_is_help=True, add_completion=False)
 evals = typer.Typer(help="Measure answers.", no_args_is_help=True)
 app.add_typer(evals, name="eval")
+benches = typer.Typer(invoke_without_command=True)
+app.add_typer(benches, name="bench")
 
 Method = Annotated[str | None, typer.Option(help="One of `vlmaccel methods`; none: the model as it is.")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="Hyper-parameter of the method, e.g. ratio=0.25.")]
@@ -142,8 +145,9 @@ def imagenet(
         finish(state)
 
 
-@app.command()
+@benches.callback()
 def bench(
+    context: typer.Context,
     shape: Annotated[str, typer.Option(help="Named model shape.")] = "llava-1.5-7b",
     method: Method = "pyramiddrop",
     option: Options = None,
@@ -160,7 +164,9 @@ def bench(
     include_tower: Annotated[bool, typer.Option("--include-tower", help="Start from pixels.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
 ) -> None:
-    """Patched against unpatched on a model of a real shape with random weights."""
+    """Patched against unpatched on a model of a real shape with random weights: decoders; `bench vit` for ViTs."""
+    if context.invoked_subcommand:
+        return
     with user_errors():
         from vlmaccel.evals.bench import render, run_bench
 
@@ -222,6 +228,43 @@ def visualize(
             progress.start("looking", 0)
             figure = work(model, image, method, parse_options(option), block, prompt, dtype, device)
         _show(f"wrote {save(figure, out)}")
+
+
+@benches.command()
+def vit(
+    model: Annotated[
+        str, typer.Option(help="A VisionTransformer of timm with a class token.")
+    ] = "vit_base_patch16_224",
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    r: Annotated[list[str] | None, typer.Option("--r", help="One or several; default 4,8,13,16.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="One or several; default float32 and bfloat16.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that count.")] = 5,
+    device: Annotated[str, typer.Option()] = "cpu",
+    operations: Annotated[
+        bool, typer.Option("--operations", help="Matching, merging, attention, and what lost.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """ToMe in a vision transformer beside the published algorithm and the model as it is, in turn."""
+    with user_errors():
+        from vlmaccel.evals.image_data import need
+
+        need("timm", "vit")
+        from vlmaccel.evals import bench_vit
+
+        rs, dtypes = _numbers(r) or [4, 8, 13, 16], dtype or ["float32", "bfloat16"]
+        with _progress() as progress:
+            progress.start("", 0)
+            say = lambda text: progress.start(text, 0)  # noqa: E731
+            if operations:
+                tables = bench_vit.compare(model, batch, rs[-1], dtypes, repeats, device)
+            else:
+                result = bench_vit.run_vit_bench(model, batch, rs, dtypes, repeats, device, say)
+                tables = [bench_vit.render(result)]
+        _show(*tables)
+        if out and not operations:
+            out.write_text(json.dumps(result.facts(), indent=2) + "\n")
+            _show(f"wrote {out}")
 
 
 @app.command()

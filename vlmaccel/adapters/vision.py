@@ -211,14 +211,10 @@ class VisionHooks:
                 "tokens cannot be merged in a tower that is given an attention mask"
                 + (f": {why}" if torch.compiler.is_exporting() else "")
             )
-        hidden = args[0] if args else kwargs["hidden_states"]
-        bias = None if now.bias is None else now.bias.to(hidden.device)
-        if not torch.compiler.is_compiling() and FastAttention.fits(hidden):
-            now.fast = FastAttention(bias)
-            now.fast.__enter__()
-        if bias is None:
+        if now.bias is None:
             return None
-        bias = bias.to(hidden.dtype)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        bias = now.bias.to(hidden.device, hidden.dtype)
         kwargs = {**kwargs, mask: bias if mask == "key_padding_mask" else bias[:, None, None]}
         return queries_only, kwargs
 
@@ -230,12 +226,16 @@ class VisionHooks:
 
     def _on_keys(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         now = self._state.now
-        if now is not None:
-            now.keys = output.detach()
+        if now is None or not now.acting or now.done:
+            return
+        now.keys = output.detach()
+        if not torch.compiler.is_compiling() and FastAttention.fits(output):  # the attention itself comes next
+            now.fast = FastAttention(now.bias)
+            now.fast.__enter__()
 
     def _on_norm(self, i: int, metric: Callable[[Tensor], Tensor], module: nn.Module, args: tuple) -> Any:
         now, hidden = self._state.now, args[0]
-        if now is None or now.keys is None or now.done or i not in now.acting:
+        if now is None or now.keys is None or i not in now.acting:
             return None
         output, now.keys = now.keys, None
         whole = now.whole
@@ -287,7 +287,7 @@ class VisionHooks:
         """Note what block `i` merged, and what it means for the attention of later blocks."""
         now.whole = whole = here if now.whole is None else now.whole.then(here)
         now.stages.append(Stage(i, whole.keep, whole.size, whole.group))
-        now.bias = whole.size.clamp(min=1).to(dtype).log() if self.prop_attn else None
+        now.bias = whole.size.to(dtype).log() if self.prop_attn else None
         if not whole.partition:
             bias = torch.zeros_like(whole.size, dtype=dtype) if now.bias is None else now.bias
             now.bias = bias.masked_fill(whole.size == 0, -1e4)  # in the range of every dtype, and exp of it is 0

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 import vlmaccel
-from vlmaccel.evals.bench_operations import attention_error, merging_only
+from vlmaccel.evals.bench_operations import attention_error, compare_operations, merging_only
 from vlmaccel.evals.published_tome import PublishedToMe
 from vlmaccel.evals.timing import Spread, clock_for, machine, measure_in_turn, peak_memory
 from vlmaccel.flops import count_flops
@@ -79,19 +79,11 @@ def run_vit_bench(
     name: a VisionTransformer with a class token and without LayerScale, which the published code can run.
     Raises ValueError for a dtype or a model that is none of these.
     """
-    import timm
-
     say = progress or (lambda text: None)
     if unknown := set(dtypes) - set(DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {', '.join(sorted(unknown))}")
-    if name not in timm.list_models(name):
-        raise ValueError(f"timm has no model {name!r}; timm.list_models('vit*') lists what there is")
     say(f"building {name}")
-    model: Any = timm.create_model(name, pretrained=False).eval().to(device)
-    if getattr(model, "cls_token", None) is None or any(
-        hasattr(b, "gamma_1") or len(list(b.ls1.parameters())) for b in model.blocks
-    ):
-        raise ValueError(f"the published algorithm cannot run {name}: it needs a class token and no LayerScale")
+    model = build(name).to(device)
     size = model.patch_embed.img_size
     rows, errors = [], {}
     for dtype in dtypes:
@@ -102,6 +94,28 @@ def run_vit_bench(
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         errors[dtype] = attention_error(heads, tokens, model.embed_dim // heads, DTYPES[dtype], device)
     return VitBench(name, batch, repeats, clock_for(device), tuple(rows), errors, machine(_like(model, pixels)))
+
+
+def build(name: str) -> Any:
+    """timm's model of this name with random weights; ValueError for one that the published code cannot run."""
+    import timm
+
+    if name not in timm.list_models():
+        raise ValueError(f"timm has no model {name!r}; timm.list_models('vit*') lists what there is")
+    model: Any = timm.create_model(name, pretrained=False).eval()
+    blocks = getattr(model, "blocks", [])
+    plain = all(type(block).__name__ == "Block" and not list(block.ls1.parameters()) for block in blocks)
+    if getattr(model, "cls_token", None) is None or not plain:
+        raise ValueError(f"the published algorithm cannot run {name}: it needs a class token and no LayerScale")
+    return model
+
+
+def compare(name: str, batch: int, r: int, dtypes: Sequence[str], repeats: int, device: str) -> list[Table]:
+    """`compare_operations` at the shape of a model's first block, in every dtype."""
+    model = build(name)
+    heads = model.blocks[0].attn.num_heads
+    tokens, dim = model.patch_embed.num_patches + model.num_prefix_tokens, model.embed_dim // heads
+    return [compare_operations(batch, tokens, heads, dim, r, DTYPES[dtype], device, repeats) for dtype in dtypes]
 
 
 @torch.no_grad()

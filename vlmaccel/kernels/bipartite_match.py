@@ -55,12 +55,13 @@ def _torch_form(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
     if r == 0:
         return index.repeat(batch, 1), index.repeat(batch, 1)
     first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
-    unit = normalize(metric.float(), dim=-1, eps=1e-6)
+    metric = metric.float()
+    unit = metric / metric.norm(dim=-1, keepdim=True).clamp_(min=1e-6)
     # max gives the lowest index of equal values, as argmax does, and is several times as fast on CPUs
     best, partner = torch.bmm(unit[:, first_a::2], unit[:, first_b::2].mT).max(-1)
-    order = best.argsort(dim=-1, descending=True, stable=True)
+    order = best.sort(dim=-1, descending=True, stable=True).indices
     source, left = order[:, :r], order[:, r:]
-    left = left.sort(dim=1).values if prefix else left
+    left = left.sort().values if prefix else left
     keep = torch.cat([index[:prefix].expand(batch, -1), left * 2 + first_a, index[first_b::2].expand(batch, -1)], 1)
     group = metric.new_empty(batch, n, dtype=torch.long).scatter_(1, keep, index[: n - r].expand(batch, -1))
     joined = partner.gather(1, source) + (prefix + left.shape[1])

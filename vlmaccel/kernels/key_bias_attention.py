@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 _LIB = torch.library.Library("vlmaccel", "FRAGMENT")
 _LIB.define("key_bias_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale) -> Tensor")
@@ -23,7 +23,7 @@ matrix products over a few heads at a time are 1.1 to 1.4 times (float32) and ab
 logits are rounded to bfloat16, so the largest error is 4 to 5 times that of scaled_dot_product_attention.
 """
 
-CHUNK = 3 * 2**19  # logits at a time: more do not stay in the cache, and would be the peak of a block's memory
+CHUNK = 3 * 2**19  # logits at a time: more do not stay in the cache
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -49,28 +49,38 @@ def _cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: 
     if not products_are_faster(query.dtype):
         return _fused(query, key, value, bias, scale)
     batch, heads, rows, dim = query.shape
-    chunk = max(1, min(heads, CHUNK // (rows * key.shape[2])))
     # laid out as the output projection reads it
     out = query.new_empty(batch, rows, heads, dim).transpose(1, 2)
-    for b in range(batch):
-        column = None if bias is None else bias[b].to(query.dtype)
+    # no more than twice the queries either, so that attention is never the peak of a block's memory
+    fit = max(1, min(CHUNK, 2 * query.numel()) // (rows * key.shape[2]))  # heads
+    samples, chunk = max(1, fit // heads), min(fit, heads)
+    for b in range(0, batch, samples):
         for h in range(0, heads, chunk):
-            q, k, v = (x[b, h : h + chunk] for x in (query, key, value))
-            out[b, h : h + chunk] = _chunk(q, k, v, column, scale)
+            part = (slice(b, b + samples), slice(h, h + chunk))
+            column = None if bias is None else bias[part[0]]
+            out[part] = _chunk(query[part], key[part], value[part], column, scale)
     return out
 
 
-def _chunk(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attention of a few heads (H, Q, head_dim)."""
-    if bias is None:
-        logits = torch.bmm(q * scale, k.mT)
-    elif q.dtype == torch.float32:
-        logits = torch.baddbmm(bias, q, k.mT, alpha=scale)
-    else:  # the bias rides along as one more channel, which saves a pass over the rounded logits
-        logits = torch.bmm(
-            pad(q * scale, (0, 1), value=1.0), torch.cat([k, bias[:, None].expand(len(k), -1, -1)], 2).mT
-        )
-    return torch.bmm(torch.softmax(logits, -1, out=logits), v)
+def _chunk(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of a few samples and heads."""
+    if query.dtype == torch.float32 and bias is not None:
+        q, k = query.flatten(0, 1), key.flatten(0, 1)
+        logits = torch.baddbmm(bias.repeat_interleave(query.shape[1], 0)[:, None], q, k.mT, alpha=scale)
+    else:
+        q, k = _with_channel(query, 1.0, scale), _with_channel(key, 0.0 if bias is None else bias[:, None])
+        logits = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT)
+    mixed = torch.bmm(torch.softmax(logits, -1, out=logits), value.flatten(0, 1))
+    return mixed.view(*query.shape[:3], -1)
+
+
+def _with_channel(x: Tensor, channel: Tensor | float, scale: float = 1.0) -> Tensor:
+    """x (B, H, N, d) * scale with one more channel: so the bias rides along in the product, which saves a pass over
+    logits that are rounded already."""
+    wider = x.new_empty(*x.shape[:3], x.shape[3] + 1)
+    torch.mul(x, scale, out=wider[..., :-1])
+    wider[..., -1] = channel
+    return wider
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:

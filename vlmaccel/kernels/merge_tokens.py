@@ -39,8 +39,12 @@ def _layout(x: Tensor, group: Tensor, size: Tensor | None, n: int) -> tuple[Tens
     """(B * N,) each: the slot of every token, counted over the batch, B * n for one that is dropped; and its share of that
     slot, in the dtype of x."""
     batch = group.shape[0]
-    first = n * torch.arange(batch, device=group.device)[:, None]
-    slot = torch.where(group < 0, batch * n, group + first).flatten()
+    if batch == 1:
+        slot = group[0].remainder(n + 1)
+    else:
+        slot = torch.where(
+            group < 0, batch * n, group + n * torch.arange(batch, device=group.device)[:, None]
+        ).flatten()
     exact = torch.promote_types(x.dtype, torch.float)
     weight = x.new_ones(slot.shape, dtype=exact) if size is None else size.flatten().to(exact)
     total = weight.new_zeros(batch * n + 1).index_add_(0, slot, weight)
