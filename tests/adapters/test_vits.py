@@ -367,3 +367,20 @@ def test_mae_weights_go_without_proportional_attention(kind):
             found[prop_attn] = outputs(model, pixels)
     assert torch.equal(found[None], found[False])
     assert not torch.equal(found[None], found[True])
+
+
+@torch.no_grad()
+def test_a_tower_of_timm_inside_open_clip():
+    import open_clip
+
+    torch.manual_seed(0)
+    vision = dict(timm_model_name="vit_tiny_patch16_224", timm_model_pretrained=False, image_size=224)
+    text = dict(context_length=8, vocab_size=64, width=32, heads=4, layers=1)
+    model, pixels = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval(), pictures(1, 224, 224)
+    before = outputs(model, pixels)
+    assert find_adapter(model).name == "timm-vit"
+    with vlmaccel.patched(model, ToMe(r=0)):
+        assert torch.equal(outputs(model, pixels), before)
+    with vlmaccel.patched(model, ToMe(keep=0.25)):
+        assert (outputs(model, pixels) - before).abs().max() > 1e-4
+        assert vlmaccel.stats(model).tokens[-1] == 1 + 196 // 4

@@ -427,3 +427,17 @@ def test_an_error_ends_all_processes(checkpoint, folder, tmp_path):
     ran = launch(*args, "--r", "8")
     assert ran.returncode != 0
     assert "results.jsonl was made with" in ran.stderr
+
+
+@torch.no_grad()
+def test_on_the_shipped_pictures_the_likest_merge_costs_nothing_and_random_ones_do():
+    pictures = read_data("easy-vqa").spread(220)
+    classifier = load_classifier("tiny-vit", pictures.classes, "float32", "cpu")
+    result = evaluate(classifier, pictures, sweep("tome", [24, 30], {}), 55)
+    unpatched = result.score("unpatched").top1
+    assert unpatched >= 0.99
+    for r in (24, 30):
+        tome, random = result.score(f"tome r={r}"), result.score(f"random r={r}")
+        assert tome.top1 >= unpatched - 0.005
+        assert tome.top1 > random.top1
+        assert tome.loyalty > random.loyalty
