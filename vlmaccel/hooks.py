@@ -8,7 +8,7 @@ from is the adapters' business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -61,20 +61,15 @@ class VisionBlock:
     """Between attention and MLP of one ViT block.
 
     tower: see `Tower`. layer: 0-based number of the block.
-    hidden: (B, N, D) residual stream. keys: gives `metric`.
+    hidden: (B, N, D) residual stream. metric: (B, N, head_dim) float32, the keys averaged over heads; no gradient.
     size: (B, N) int64, patches that each token stands for; None while all are 1.
     """
 
     tower: Tower
     layer: int
     hidden: Tensor
-    keys: Callable[[], Tensor]
+    metric: Tensor
     size: Tensor | None
-
-    @property
-    def metric(self) -> Tensor:
-        """(B, N, head_dim) float32, the block's keys averaged over heads; no gradient."""
-        return self.keys()
 
 
 @dataclass(frozen=True, eq=False)

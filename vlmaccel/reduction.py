@@ -91,6 +91,8 @@ class Reduction:
         if not self.merges:
             return gather(x, self.keep)
         group, size = self.group.to(x.device), None if size is None else size.to(x.device)
+        if x.ndim == 3:
+            return merge_tokens(x, group, size, self.keep.shape[1])
         slots = merge_tokens(x.flatten(2) if x.ndim > 2 else x[..., None], group, size, self.keep.shape[1])
         return slots.view(*self.keep.shape, *x.shape[2:])
 

@@ -80,7 +80,7 @@ class Pass:
     here: Reduction | None = None
     merged: bool = False  # whether the residual stream of the block at hand is merged already
     bias: Tensor | None = None  # (B, n) float on the keys
-    keys: Tensor | None = None
+    metric: Tensor | None = None
     fast: FastAttention | None = None
     done: bool = False
     stages: list[Stage] = field(default_factory=list)
@@ -131,8 +131,8 @@ class VisionHooks:
                 part.block.register_forward_pre_hook(partial(self._before_block, i), with_kwargs=True),
                 part.attention.register_forward_pre_hook(partial(self._before_attention, part.mask), with_kwargs=True),
                 part.attention.register_forward_hook(self._after_attention, always_call=True),
-                part.keys.register_forward_hook(self._on_keys),
-                part.norm.register_forward_pre_hook(partial(self._on_norm, i, part.metric)),
+                part.keys.register_forward_hook(partial(self._on_keys, i, part.metric)),
+                part.norm.register_forward_pre_hook(partial(self._on_norm, i)),
                 part.mlp.register_forward_hook(self._on_mlp),
                 # before the hooks with which transformers records hidden states, so that it records every patch
                 part.block.register_forward_hook(partial(self._after_block, i), prepend=True),
@@ -224,33 +224,33 @@ class VisionHooks:
             now.fast.__exit__(None, None, None)
             now.fast = None
 
-    def _on_keys(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _on_keys(
+        self, i: int, metric: Callable[[Tensor], Tensor], module: nn.Module, args: tuple, output: Tensor
+    ) -> None:
         now = self._state.now
         if now is None or not now.acting or now.done:
             return
-        now.keys = output.detach()
+        if i in now.acting:  # at once, while the keys are still in the cache
+            now.metric = metric(output.detach())
         if not torch.compiler.is_compiling() and FastAttention.fits(output):  # the attention itself comes next
             now.fast = FastAttention(now.bias)
             now.fast.__enter__()
 
-    def _on_norm(self, i: int, metric: Callable[[Tensor], Tensor], module: nn.Module, args: tuple) -> Any:
+    def _on_norm(self, i: int, module: nn.Module, args: tuple) -> Any:
         now, hidden = self._state.now, args[0]
-        if now is None or now.keys is None or i not in now.acting:
+        if now is None or now.metric is None:
             return None
-        output, now.keys = now.keys, None
+        metric, now.metric = now.metric, None
         whole = now.whole
         for method in now.acting[i]:
-            earlier, size = now.here, None if whole is None else whole.size
-
-            def keys(earlier: Reduction | None = earlier, before: Reduction | None = now.whole) -> Tensor:
-                made = metric(output)
-                return made if earlier is None else earlier.apply(made, None if before is None else before.size)
-
-            reduction = method.vision_block(VisionBlock(now.tower, i, hidden, keys, size))
+            size = None if whole is None else whole.size
+            reduction = method.vision_block(VisionBlock(now.tower, i, hidden, metric, size))
             if reduction is None:
                 continue
             check_fits(method, reduction, hidden)
             hidden = reduction.apply(hidden, size)
+            if len(now.acting[i]) > 1:
+                metric = reduction.apply(metric, size)
             now.here = reduction if now.here is None else now.here.then(reduction)
             whole = reduction if whole is None else whole.then(reduction)
         if now.here is None:
@@ -270,7 +270,7 @@ class VisionHooks:
         if now is None or now.done:
             return None
         here, merged = now.here, now.merged
-        now.here, now.merged, now.keys = None, False, None
+        now.here, now.merged, now.metric = None, False, None
         if here is not None:
             if not merged:
                 output = here.apply(output, None if now.whole is None else now.whole.size)
