@@ -51,8 +51,8 @@ def _cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: 
     batch, heads, rows, dim = query.shape
     # laid out as the output projection reads it
     out = query.new_empty(batch, rows, heads, dim).transpose(1, 2)
-    # no more than twice the queries either, so that attention is never the peak of a block's memory
-    fit = max(1, min(CHUNK, 2 * query.numel()) // (rows * key.shape[2]))  # heads
+    # no more than 2.5 times the queries either, so that attention is never the peak of a block's memory
+    fit = max(1, min(CHUNK, 5 * query.numel() // 2) // (rows * key.shape[2]))  # heads
     samples = max(1, fit // heads)
     chunk = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= fit)  # equal parts keep all threads busy
     for b in range(0, batch, samples):
