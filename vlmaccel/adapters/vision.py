@@ -69,7 +69,7 @@ class Pass:
 
     acting: the methods that merge in each block, if any. image: height and width of the pictures if known.
     everywhere: whether each block's output is looked at, so that every patch has to be there between blocks.
-    whole, here: merges of all blocks so far, and of the block at hand.
+    whole, here, after: merges of all blocks so far, of the block at hand, and of both.
     """
 
     tower: Tower
@@ -78,6 +78,7 @@ class Pass:
     everywhere: bool
     whole: Reduction | None = None
     here: Reduction | None = None
+    after: Reduction | None = None
     merged: bool = False  # whether the residual stream of the block at hand is merged already
     bias: Tensor | None = None  # (B, n) float on the keys
     metric: Tensor | None = None
@@ -255,6 +256,7 @@ class VisionHooks:
             whole = reduction if whole is None else whole.then(reduction)
         if now.here is None:
             return None
+        now.after = whole
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return (hidden, *args[1:])
         args[0].set_(hidden)
@@ -274,7 +276,7 @@ class VisionHooks:
         if here is not None:
             if not merged:
                 output = here.apply(output, None if now.whole is None else now.whole.size)
-            self._merged(now, i, here, torch.promote_types(output.dtype, torch.float))
+            self._merged(now, i, torch.promote_types(output.dtype, torch.float))
         last = i == self._last
         if last:
             now.done = True
@@ -283,9 +285,10 @@ class VisionHooks:
             return now.whole.unmerge(output)
         return None if here is None else output
 
-    def _merged(self, now: Pass, i: int, here: Reduction, dtype: torch.dtype) -> None:
+    def _merged(self, now: Pass, i: int, dtype: torch.dtype) -> None:
         """Note what block `i` merged, and what it means for the attention of later blocks."""
-        now.whole = whole = here if now.whole is None else now.whole.then(here)
+        assert now.after is not None
+        now.whole = whole = now.after
         now.stages.append(Stage(i, whole.keep, whole.size, whole.group))
         now.bias = whole.size.to(dtype).log() if self.prop_attn else None
         if not whole.partition:

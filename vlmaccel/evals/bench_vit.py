@@ -18,7 +18,7 @@ from torch import Tensor
 import vlmaccel
 from vlmaccel.evals.bench_operations import attention_error, compare_operations, merging_only
 from vlmaccel.evals.published_tome import PublishedToMe
-from vlmaccel.evals.timing import Spread, clock_for, machine, measure_in_turn, peak_memory
+from vlmaccel.evals.timing import Spread, clock_for, hardware, measure_in_turn, peak_memory
 from vlmaccel.flops import count_flops
 from vlmaccel.methods import ToMe
 
@@ -93,7 +93,7 @@ def run_vit_bench(
         heads = model.blocks[0].attn.num_heads
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         errors[dtype] = attention_error(heads, tokens, model.embed_dim // heads, DTYPES[dtype], device)
-    return VitBench(name, batch, repeats, clock_for(device), tuple(rows), errors, machine(_like(model, pixels)))
+    return VitBench(name, batch, repeats, clock_for(device), tuple(rows), errors, hardware(device))
 
 
 def build(name: str) -> Any:
@@ -161,14 +161,6 @@ def _row(model: Any, pixels: Tensor, r: int, dtype: str, repeats: int, say: Call
         peak_published=peaks[1] / peaks[0],
         tokens=(stats.tokens[0], stats.tokens[-1]),
     )
-
-
-def _like(model: Any, pixels: Tensor) -> Any:
-    """What `machine` reads off a transformers model."""
-    from types import SimpleNamespace
-
-    kind = SimpleNamespace(_attn_implementation="sdpa")
-    return SimpleNamespace(device=pixels.device, dtype=pixels.dtype, config=kind)
 
 
 def render(result: VitBench) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlmaccel.evals.timing import Spread, Timing, clock_for
+from vlmaccel.evals.timing import Spread, Timing, clock_for, hardware
 
 UNPATCHED = "unpatched"
 
@@ -95,14 +94,7 @@ class ImageNetResult:
 
     def machine(self) -> dict[str, Any]:
         """What it was measured on; ratios are by the clock named."""
-        cuda = self.device.type == "cuda"
-        return {
-            "name": torch.cuda.get_device_name(self.device) if cuda else f"CPU ({platform.machine()})",
-            "processes": self.processes,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "clock": clock_for(self.device),
-        }
+        return hardware(self.device) | {"processes": self.processes, "clock": clock_for(self.device)}
 
     def _row(self, way: str) -> dict[str, Any]:
         cost, speed, rate = self.costs.get(way), self.speed(way), self.images_per_second(way)

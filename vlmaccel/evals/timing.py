@@ -218,18 +218,23 @@ def _quiet() -> Iterator[None]:
         del os.environ[name]
 
 
-def machine(model: PreTrainedModel) -> dict[str, Any]:
-    """What a number was measured on: processor, threads, load, versions, the model's dtype and attention."""
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+def hardware(device: torch.device | str) -> dict[str, Any]:
+    """What a number was measured on: processor, threads, load, versions."""
+    device = torch.device(device)
     return {
         "device": device.type,
-        "name": name,
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+    }
+
+
+def machine(model: PreTrainedModel) -> dict[str, Any]:
+    """The same, with the model's dtype and attention."""
+    return hardware(model.device) | {
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
     }

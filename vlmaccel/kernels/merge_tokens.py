@@ -18,7 +18,7 @@ x: (B, N, C) float. group: (B, N) int64, slot from 0 to n - 1 that each token jo
 size: (B, N), tokens that each one stands for already, or None where all are 1. A slot with one member of any size is
 that member to the bit; a slot without members, or with members of size 0 only, is 0. Differentiable in x.
 
-On CPUs this is one weighted segment sum (embedding_bag), 4 to 14 times as fast as gather and scatter-reduce.
+On CPUs this is one weighted segment sum (embedding_bag), which `vlmaccel bench vit --operations` times beside others.
 """
 
 
