@@ -34,7 +34,7 @@ from vlmaccel.methods import make
 
 __all__ = ["BenchResult", "Phase", "encode", "first_logits", "render", "run_bench"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def run_bench(
@@ -71,8 +71,8 @@ def run_bench(
     say = progress or (lambda text: None)
     vision = get_shape(shape).vision is not None
     dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     options = dict(options or {})
     if keep_all:
         if method is not None and not isinstance(method, str):
@@ -84,7 +84,7 @@ def run_bench(
     model = build(
         shape,
         depth,
-        _DTYPES[dtype],
+        DTYPES[dtype],
         vision_depth if vision else None,
         device=device,
         attn_implementation=attn_implementation,

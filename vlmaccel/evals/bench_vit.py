@@ -16,13 +16,12 @@ from rich.table import Table
 from torch import Tensor
 
 import vlmaccel
+from vlmaccel.evals.bench import DTYPES
 from vlmaccel.evals.bench_operations import attention_error, compare_operations, merging_only
 from vlmaccel.evals.published_tome import PublishedToMe
 from vlmaccel.evals.timing import Spread, clock_for, hardware, measure_in_turn, peak_memory
 from vlmaccel.flops import count_flops
 from vlmaccel.methods import ToMe
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def _as_fast(speedup: float, inflect: float, tower: Tower) -> tuple[int, ...]:
 
 def equal_tokens(at: VisualTokens, position: Position) -> Tensor | None:
     """(B, n) int64, the token that stands for each one: for visual tokens of the same image that are equal to the bit, as
-    those of a group that a tower merged are, one of them; None if no two are equal."""
+    those of a group that a tower merged are, one of them; None if no two are equal. The newlines of a mosaic are no patches and stay."""
     tokens = at.tokens
     representative = torch.arange(tokens.modality.shape[1], device=at.hidden.device).repeat(len(tokens.modality), 1)
     before = representative.clone()
