@@ -229,6 +229,23 @@ def test_feature_maps_have_every_patch(kind):
         assert torch.equal(equal, group[:, :, None] == group[:, None])
 
 
+@pytest.mark.parametrize("kind", ["timm-class", "timm-eva02", "timm-no-class"])
+@torch.no_grad()
+def test_patches_are_put_back_for_whoever_looks(kind):
+    """A head that reads the class token only needs no patches; a hook on the norm before it does."""
+    model, pixels = build(kind).double(), pictures().double()
+    seen = []
+    with vlmaccel.patched(model, ToMe(r=9)):
+        logits = model(pixels)
+        with model.norm.register_forward_hook(lambda module, args, output: seen.append(output)):
+            watched = model(pixels)
+        final = model.forward_features(pixels)
+        model.reset_classifier(5, global_pool="avg")
+        averaged = model(pixels)
+        assert torch.allclose(averaged, model.forward_head(model.forward_features(pixels)))
+    assert torch.allclose(logits, watched) and torch.allclose(seen[0], final)
+
+
 @pytest.mark.parametrize("kind", ["hf-vit", "hf-dinov2", "hf-clip", "hf-siglip"])
 @torch.no_grad()
 def test_hidden_states_have_every_patch(kind):

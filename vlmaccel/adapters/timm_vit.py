@@ -34,6 +34,12 @@ def block_parts(block: Any) -> BlockParts:
     return BlockParts(block, block.attn, block.attn.k_norm, mean_key, block.norm2, block.mlp, "attn_mask")
 
 
+def prefix_only(tower: Any) -> bool:
+    """Whether the head reads class and distillation tokens only, and no hook on the final norm looks at the rest."""
+    watched = tower.norm._forward_hooks or tower.norm._forward_pre_hooks
+    return tower.global_pool == "token" and tower.attn_pool is None and not watched
+
+
 class TimmViTAdapter(Adapter):
     """timm's VisionTransformer (DeiT, AugReg, DINOv2, MAE, SigLIP, ...) and Eva (EVA-02, DINOv3, ...)."""
 
@@ -55,7 +61,13 @@ class TimmViTAdapter(Adapter):
         tag = (getattr(tower, "pretrained_cfg", None) or {}).get("tag") or ""
         # MAE's weights do better without (arXiv 2210.09461, table 1)
         blocks = [block_parts(block) for block in tower.blocks]
-        return VisionParts(tower, blocks, tower.num_prefix_tokens, prop_attn="mae" not in tag.split("_"))
+        return VisionParts(
+            tower,
+            blocks,
+            tower.num_prefix_tokens,
+            prop_attn="mae" not in tag.split("_"),
+            prefix_only=prefix_only,
+        )
 
 
 ADAPTER = TimmViTAdapter()

@@ -53,6 +53,8 @@ class VisionParts:
     prefix: leading tokens that are no patches. last: the only block whose output is used; None if it is the final one and
         others may be asked for. prop_attn: whether the family does better with proportional attention.
     projector: what makes one token for a decoder of every patch; None if nothing does.
+    prefix_only: whether all that a call of the tower itself uses of its last block are the prefix tokens, so that the
+        patches need not be put back; None if it never is.
     """
 
     tower: nn.Module
@@ -61,6 +63,7 @@ class VisionParts:
     last: int | None = None
     prop_attn: bool = True
     projector: nn.Module | None = None
+    prefix_only: Callable[[nn.Module], bool] | None = None
 
 
 @dataclass(eq=False)
@@ -281,9 +284,13 @@ class VisionHooks:
         if last:
             now.done = True
             self.last = Seen(output.shape[0], now.tower.tokens, now.image, tuple(now.stages))
-        if now.whole is not None and (last or now.everywhere):
+        if now.whole is not None and (now.everywhere or (last and not self._prefix_only())):
             return now.whole.unmerge(output)
         return None if here is None else output
+
+    def _prefix_only(self) -> bool:
+        only = self.parts.prefix_only
+        return only is not None and not torch.is_grad_enabled() and only(self.parts.tower)
 
     def _merged(self, now: Pass, i: int, dtype: torch.dtype) -> None:
         """Note what block `i` merged, and what it means for the attention of later blocks."""
