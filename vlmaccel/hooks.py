@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from vlmaccel.cache import PrunedLayer
+from vlmaccel.cache import KeyBias, PrunedLayer, Slots
 from vlmaccel.flops import BlockCost
 from vlmaccel.reduction import Reduction
 from vlmaccel.run import Modality, Run, TokenMap
@@ -112,12 +113,34 @@ class Attention(DecoderLayer):
     attention from the keys it used."""
 
 
+class EntryScores(Protocol):
+    """Attention of the decoder layer at hand over its cache entries, as many rows as asked for."""
+
+    def queries(self, rows: Tensor) -> Tensor:
+        """(B, H, Q, head_dim) rotated queries of some rows; rows: (B, Q) int64, among the remaining new tokens."""
+        ...
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """(B, H, Q, m) float32 softmax attention of the rows over all m entries, earlier turns and merged weights
+        included; a row sees no later entry, no padding and no filler."""
+        ...
+
+    def output(self) -> Tensor:
+        """(H, head_dim, D) what the output projection makes of every head."""
+        ...
+
+    def key_bias(self) -> KeyBias | None:
+        """What the layer adds to all its keys before rotation; None if nothing."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class CacheEntries:
-    """The keys and values of decoder layer `layer`: once after prefill, then at every decode step.
+    """The keys and values of decoder layer `layer`: right after its attention at prefill, then at every decode step.
 
-    entries: keys and values (B, H_kv, m, head_dim) and the slots they fill.
-    tokens: map of the new tokens of this forward (B, length). decoding: whether this is a decode step.
+    entries: keys and values (B, H_kv, m, head_dim) and the slots they fill. scores: the layer's attention over them;
+    None in a `cache` that comes after the whole prefill (see `Method.two_phase`).
+    decoding: whether this is a decode step, or candidates of assisted decoding being checked.
     """
 
     run: Run
@@ -125,11 +148,53 @@ class CacheEntries:
     depth: int
     entries: PrunedLayer
     decoding: bool
+    scores: EntryScores | None
 
     @property
     def tokens(self) -> TokenMap:
         """What each new token of this forward is, before any reduction."""
         return self.run.tokens
+
+    @property
+    def slots(self) -> Slots:
+        """What the entries stand for."""
+        slots = self.entries.slots
+        assert slots is not None
+        return slots
+
+    @property
+    def window(self) -> int | None:
+        """Sliding window of the layer in tokens; None if it sees everything."""
+        return getattr(self.entries, "sliding_window", None)
+
+    @property
+    def end(self) -> Tensor:
+        """(B,) int64, logical index of the last prompt token, or of the new one at a decode step."""
+        run, device = self.run, self.slots.index.device
+        if run.query.numel() == 0:
+            return torch.full((self.slots.index.shape[0],), run.past + run.length - 1, device=device)
+        return run.query.amax(1).to(device) + run.past
+
+    @property
+    def prompt(self) -> Tensor:
+        """(B, G, m) bool, the entries that are tokens of the prompt or of what came before it: no padding, no fillers, no
+        candidates of assisted decoding behind it, nothing that a sliding window has passed."""
+        slots, run = self.slots, self.run
+        real = (slots.sizes > 0) & (slots.index <= self.end[:, None, None])
+        if self.window is not None:
+            real &= slots.index > self.end[:, None, None] + 1 - self.window
+        if run.padding is None:
+            return real
+        padding = run.padding.to(real.device)[:, None].expand(-1, slots.index.shape[1], -1)
+        return real & ~padding.gather(2, slots.index.long())
+
+    @property
+    def modality(self) -> Tensor:
+        """(B, G, m) int8, the `Modality` of every entry."""
+        slots = self.slots
+        if slots.modality is None:
+            return torch.full_like(slots.index, Modality.TEXT, dtype=torch.int8)
+        return slots.modality
 
 
 class Method:
@@ -144,12 +209,14 @@ class Method:
     calibrated: in a decoder, from this reduction on, log(size * (2 - D(distance))) is added to the logits of visual (and
         merged) keys, where D is the mean cosine by which rotary positions turn a query and a key apart over that
         distance (RESTORE, arXiv 2606.01711). It is about original positions, so `positions` has to be "keep".
+    two_phase: whether `cache` needs to know all layers first, so that in a prefill the whole cache is there once.
     """
 
     name: ClassVar[str] = ""
     positions: Positions = "keep"
     prop_attn: bool | None = False
     calibrated: bool = False
+    two_phase: ClassVar[bool] = False
 
     def hook_points(self) -> tuple[str, ...]:
         """The hook points that this method acts at: those it overrides."""
@@ -186,9 +253,22 @@ class Method:
     def attention(self, at: Attention) -> None:
         """Look at the attention of a decoder layer (and remember what is needed in `at.run.memory`)."""
 
+    def observe(self, at: CacheEntries) -> None:
+        """Look at the entries of a layer of `cache_layers` at prefill, before any method changes them. What is put into
+        `at.entries.notes` follows the entries from then on."""
+
     def cache(self, at: CacheEntries) -> Reduction | None:
-        """Evict or merge entries (batch B, or B * H_kv for a choice of every KV head); None leaves them."""
+        """Evict or merge entries (batch B, or B * H_kv for a choice of every KV head); None leaves them.
+
+        Called for every layer right after its attention, in a prefill and at each decode step. If this method or one
+        before it is `two_phase`, then it is called in a prefill for all layers after the last one.
+        """
         return None
+
+    def cache_layer(self, layer: PrunedLayer, at: CacheEntries) -> PrunedLayer:
+        """The cache layer that holds what `layer` holds from now on, for methods that store entries in a form of their
+        own; called like `cache`, just before it."""
+        return layer
 
 
 def check_fits(method: Method, reduction: Reduction, hidden: Tensor) -> None:
@@ -205,6 +285,7 @@ __all__ = [
     "Attention",
     "CacheEntries",
     "DecoderLayer",
+    "EntryScores",
     "Method",
     "Modality",
     "Positions",

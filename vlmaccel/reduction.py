@@ -104,6 +104,13 @@ class Reduction:
         spread = gather(y, group.clamp(min=0))
         return spread.masked_fill(_wide(group < 0, y), 0)
 
+    def repeat(self, times: int) -> Reduction:
+        """Every sample's reduction `times` times in a row: one for each KV head of a sample."""
+        if times == 1:
+            return self
+        keep, group, size = (x.repeat_interleave(times, 0) for x in (self.keep, self.group, self.size))
+        return Reduction(keep, group, size, self.merges, self.partition)
+
     def then(self, later: Reduction) -> Reduction:
         """The single reduction that does this one and then `later` (which counts this one's slots as its tokens)."""
         keep = self.keep.gather(1, later.keep)

@@ -69,6 +69,7 @@ class Run:
     tokens: map of the new tokens (B, length).
     past: how many tokens the cache had seen before.
     query: (B, Q) int64, index of the last prompt token, or of every token just before an answer in training; -1 unused.
+    padding: (B, past + length) bool, the padding of the whole sequence; None if there is none, or none is known.
     may_reduce: whether tokens may be dropped in this forward (it is a prefill, and the cache can hold fewer).
     multimodal: whether the model takes pictures (text-only prompts of such a model too).
     last_only: whether only the last token's output is wanted. labels: (B, length) of training, or None.
@@ -77,6 +78,7 @@ class Run:
     tokens: TokenMap
     past: int
     query: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    padding: Tensor | None = None
     may_reduce: bool = False
     multimodal: bool = False
     last_only: bool = False
@@ -88,6 +90,10 @@ class Run:
     removed_in_all: Tensor | None = None  # (B, 1), the same for tokens still to come
     stages: list[Stage] = field(default_factory=list)
     memory: dict[Any, Any] = field(default_factory=dict)  # what a method wants to remember between layers
+    mask_known: bool = False  # the attention mask is causality and `padding`, nothing else
+    keeps_modality: bool = False  # cache entries are to know their modality
+    verifying: bool = False  # the new tokens are candidates of assisted decoding
+    positions: Tensor | None = None  # what the model gave its rotary embedding: (B or 1, length) or (3, B, length)
     views: dict[Any, Any] = field(default_factory=dict)  # tensors of the full sequence as seen by the current stage
     mask_size: Tensor | None = None  # `size` where attention has to know it: fillers, or proportional attention
     _now: TokenMap | None = None
@@ -101,6 +107,7 @@ class Run:
         self.query = prompt_end(self.tokens, labels, logits_to_keep)
         self.labels = labels if isinstance(labels, Tensor) else None
         self.last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        self.verifying = self.past > 0 and isinstance(logits_to_keep, int) and 1 < logits_to_keep == self.length
 
     @property
     def length(self) -> int:
@@ -155,6 +162,14 @@ class Run:
             self.calibrated = (self.remaining.modality >= Modality.IMAGE) | (whole.size > 1)
         self.views.clear()
         self.stages.append(Stage(layer, whole.keep, whole.size, whole.group))
+
+
+def padding_of(mask: Any) -> Tensor | None:
+    """(B, N) bool, where a 2-D attention mask has padding; None where it has none, or the mask tells nothing of it."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    padding = mask == 0
+    return padding if bool(padding.any()) else None
 
 
 def mark_padding(tokens: TokenMap, mask: Any) -> TokenMap:

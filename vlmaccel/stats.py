@@ -57,7 +57,8 @@ class Stats:
     methods: the methods in place. batch: samples. layers: decoder layers.
     tokens, visual_tokens: mean over the samples of all real tokens, and of the visual ones, at every decoder layer's
         input. nominal_visual_tokens: visual tokens before any reduction.
-    kv_bytes: what the KV cache holds after the prefill, bookkeeping included. kv_bytes_full: an unpatched one.
+    kv_bytes_by_layer: what the KV cache holds after the prefill in every layer: all tensors, bookkeeping included; kv_bytes
+        is their sum. kv_bytes_full: of an unpatched cache. kv_bytes_peak: the most that it held during the prefill.
     flops, flops_full: of the decoder, whole batch, by `vlmaccel.flops.decoder_flops`, with the kept and with all tokens.
     stages: which tokens were left from which layer on. token_map: what every token of the prompt is.
     tower: of the vision tower, None if nothing merges there or no picture has been seen.
@@ -69,13 +70,19 @@ class Stats:
     tokens: list[float]
     visual_tokens: list[float]
     nominal_visual_tokens: float
-    kv_bytes: int
+    kv_bytes_by_layer: list[int]
     kv_bytes_full: int
+    kv_bytes_peak: int
     flops: float
     flops_full: float
     stages: tuple[Stage, ...]
     token_map: TokenMap
     tower: TowerStats | None = None
+
+    @property
+    def kv_bytes(self) -> int:
+        """What the KV cache holds after the prefill."""
+        return sum(self.kv_bytes_by_layer)
 
     @property
     def mean_visual_tokens(self) -> float:
@@ -149,8 +156,9 @@ def _decoder_stats(patch: Patch, decoder: DecoderHooks, done: Finished) -> Stats
         tokens=[tokens.mean().item() for tokens in real],
         visual_tokens=visual,
         nominal_visual_tokens=left[0][1].mean().item(),
-        kv_bytes=done.kv_bytes,
-        kv_bytes_full=done.kv_bytes_full,
+        kv_bytes_by_layer=list(done.kv_bytes),
+        kv_bytes_full=sum(done.kv_bytes_full),
+        kv_bytes_peak=done.kv_bytes_peak,
         flops=sum(decoder_flops(sample, d, m, gated) for sample in per_sample),
         flops_full=sum(decoder_flops([n] * depth, d, m, gated) for n in whole),
         stages=done.stages,

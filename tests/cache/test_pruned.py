@@ -139,4 +139,4 @@ def test_which_caches_can_be_pruned():
 
 def test_bytes_include_the_bookkeeping():
     layer = filled(PrunedLayer(), [[0, 3, 4]], 5)
-    assert layer.nbytes == layer.keys.nbytes + layer.values.nbytes + 3 * 8
+    assert layer.nbytes == layer.keys.nbytes + layer.values.nbytes + 3 * 4

@@ -14,12 +14,14 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from vlmaccel.adapters.base import Adapter, Parts, by_name
-from vlmaccel.adapters.scores import LayerScores
+from vlmaccel.adapters.decode import DecodeAttention
+from vlmaccel.adapters.entries import Entries
+from vlmaccel.adapters.scores import CacheScores, LayerScores
 from vlmaccel.adapters.view import View, apply_view, layer_view, renumbered
-from vlmaccel.cache import PrunedLayer, prunable, pruned_layer
+from vlmaccel.cache import PrunedLayer, kv_bytes_by_layer, prunable, pruned_layer
 from vlmaccel.hooks import Attention, CacheEntries, DecoderLayer, Method, VisualTokens, check_fits
 from vlmaccel.reduction import Reduction
-from vlmaccel.run import Run, Stage, TokenMap
+from vlmaccel.run import Run, Stage, TokenMap, padding_of
 
 
 class Local(threading.local):
@@ -28,17 +30,21 @@ class Local(threading.local):
     call: dict[str, Any] | None = None
     tokens: TokenMap | None = None
     run: Run | None = None
+    attending: DecodeAttention | None = None
+    entries: Entries | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """What the last prefill did. kv_bytes, kv_bytes_full: of the cache after it, and of an unpatched one."""
+    """What the last prefill did. kv_bytes, kv_bytes_full: of the cache after it, layer by layer, and of an unpatched one.
+    kv_bytes_peak: the most that was held at a time."""
 
     tokens: TokenMap
     stages: tuple[Stage, ...]
     past: int
-    kv_bytes: int
-    kv_bytes_full: int
+    kv_bytes: tuple[int, ...]
+    kv_bytes_full: tuple[int, ...]
+    kv_bytes_peak: int
 
 
 class DecoderHooks:
@@ -82,12 +88,16 @@ class DecoderHooks:
         before(self.parts.text, self._on_text)
         for i, layer in enumerate(self.parts.layers):
             before(layer, partial(self._on_layer, i))
+            before(layer.self_attn, self._before_attention)
+            handles.append(layer.self_attn.register_forward_hook(self._leave_attention, always_call=True))
             if i in self._at["attention_layers"]:
                 hook = partial(self._on_attention, i)
                 handles.append(layer.self_attn.register_forward_hook(hook, with_kwargs=True))
             if i in self._at["cache_layers"]:
                 hook = partial(self._on_entries, i)
                 handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        if self._at["cache_layers"]:
+            before(self.parts.rotary, self._on_rotary)
         before(self.parts.norm, self._on_norm)
         handles.append(self.parts.text.register_forward_hook(self._after_text, with_kwargs=True))
         return handles
@@ -102,7 +112,8 @@ class DecoderHooks:
 
     @torch.compiler.disable
     def _on_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._local.call, self._local.tokens, self._local.run = kwargs, None, None
+        self._local.__dict__.clear()  # whatever a forward that failed has left
+        self._local.call = kwargs
 
     @torch.compiler.disable
     def _on_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -125,7 +136,11 @@ class DecoderHooks:
         past = 0 if cache is None else int(cache.get_seq_length())
         tokens = self._local.tokens or TokenMap.text(given.shape[0], given.shape[1], given.device)
         self._local.call = self._local.tokens = None
-        run = self._local.run = Run(tokens, past, multimodal=self.adapter.multimodal)
+        padding = padding_of(inputs.get("attention_mask"))
+        run = self._local.run = Run(tokens, past, padding=padding, multimodal=self.adapter.multimodal)
+        mask = inputs.get("attention_mask")
+        run.mask_known = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+        run.keeps_modality = bool(self._at["cache_layers"])
         if run.length > 1 and self._can_prune(cache):
             run.may_reduce = True
             run.prepare(inputs.get("attention_mask"), call.get("labels"), call.get("logits_to_keep", 0))
@@ -152,13 +167,22 @@ class DecoderHooks:
             hidden = self._reduce(run, i, module, hidden, kwargs, held)
             if i in self._at["attention_layers"]:
                 run.views["attention"] = layer_view(run, self.parts, kwargs, held, hidden)
-        if run.reduction is not None and cache is not None:
+        keeps = run.reduction is not None or (run.may_reduce and i in self._at["cache_layers"])
+        if keeps and cache is not None:
             held = pruned_layer(cache, i)
-        if run.reduction is None and not _needs_mask(run, held, kwargs):
+        if isinstance(held, PrunedLayer) and self._attends(run, held):
+            held.announce_attend(run.padding)
+            self._local.attending = DecodeAttention(held)
+            return args, {
+                **kwargs,
+                "attention_mask": None,
+                "position_embeddings": self._embedding(run, kwargs, held, hidden),
+            }
+        if not keeps and not _needs_mask(run, held, kwargs):
             # the common decode step: only positions may differ, and the cache counts its slots by itself
             if not isinstance(held, PrunedLayer) or held.removed is None:
                 return None
-            return args, {**kwargs, "position_embeddings": renumbered(run, self.parts, kwargs, held.removed, hidden)}
+            return args, {**kwargs, "position_embeddings": self._embedding(run, kwargs, held, hidden)}
         view = layer_view(run, self.parts, kwargs, held, hidden)
         if isinstance(held, PrunedLayer):
             held.expect(view.columns, run.length)
@@ -166,6 +190,38 @@ class DecoderHooks:
         if args:
             return (hidden, *args[1:]), kwargs
         return (), {**kwargs, "hidden_states": hidden}
+
+    def _attends(self, run: Run, held: PrunedLayer) -> bool:
+        """Whether the new token's attention is computed straight from the cache layer."""
+        alone = run.length == 1 and run.mask_known and not torch.is_grad_enabled()
+        return alone and held.reduced and held.can_attend and not held.calibrated and self._sdpa
+
+    @property
+    def _sdpa(self) -> bool:
+        return self.parts.config._attn_implementation == "sdpa"
+
+    def _embedding(self, run: Run, kwargs: dict[str, Any], held: PrunedLayer, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the new tokens where nothing is dropped in this forward."""
+        if held.removed is None:
+            return kwargs["position_embeddings"]
+        return renumbered(run, self.parts, kwargs, held.removed, hidden)
+
+    @torch.compiler.disable
+    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._local.attending is not None:
+            self._local.attending.__enter__()
+
+    @torch.compiler.disable
+    def _leave_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
+        attending, self._local.attending = self._local.attending, None
+        if attending is not None:
+            attending.__exit__(None, None, None)
+
+    @torch.compiler.disable
+    def _on_rotary(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        run = self._local.run
+        if run is not None and run.positions is None:
+            run.positions = args[1] if len(args) > 1 else kwargs["position_ids"]
 
     def _reduce(self, run: Run, i: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any], held: Any) -> Tensor:
         """Let the methods of layer `i` act on its input."""
@@ -205,13 +261,16 @@ class DecoderHooks:
     @torch.compiler.disable
     def _on_entries(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         run, cache = self._local.run, cache_of(kwargs)
-        if run is None or cache is None or not prunable(cache):
+        if run is None or cache is None or not (run.may_reduce or (run.length == 1 and prunable(cache))):
             return
+        hidden = args[0] if args else kwargs["hidden_states"]
         held = pruned_layer(cache, i)
-        for method in self._at["cache_layers"][i]:
-            reduction = method.cache(CacheEntries(run, i, self.depth, held, decoding=run.length == 1))
-            if reduction is not None:
-                held.reduce(reduction)
+        scores = CacheScores(module, run, hidden, kwargs["position_embeddings"], held, self.parts.rotary)
+        decoding = run.length == 1 or run.verifying
+        if self._local.entries is None:
+            self._local.entries = Entries(self._at["cache_layers"])
+        with torch.no_grad():
+            self._local.entries.layer(CacheEntries(run, i, self.depth, held, decoding, scores), cache)
 
     @torch.compiler.disable
     def _on_norm(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -229,11 +288,16 @@ class DecoderHooks:
     @torch.compiler.disable
     def _after_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         run, self._local.run = self._local.run, None
-        if run is None or run.length == 1:
+        entries, self._local.entries = self._local.entries, None
+        if entries is not None:
+            with torch.no_grad():
+                entries.finish(self.methods)
+        if run is None or run.length == 1 or run.verifying:
             return
         cache = cache_of(output)
-        held, full = (0, 0) if cache is None else kv_bytes(cache)
-        self.last = Finished(run.tokens, tuple(run.stages), run.past, held, full)
+        held, full = ((), ()) if cache is None else kv_bytes_by_layer(cache)
+        peak = max(sum(held), 0 if entries is None else entries.peak)
+        self.last = Finished(run.tokens, tuple(run.stages), run.past, held, full, peak)
 
 
 class Later:
@@ -275,17 +339,3 @@ def _needs_mask(run: Run, held: Any, kwargs: dict[str, Any]) -> bool:
         return True
     window = getattr(held, "sliding_window", None)
     return window is not None and run.past + run.length > window
-
-
-def kv_bytes(cache: Any) -> tuple[int, int]:
-    """Bytes that a cache holds, bookkeeping included, and that an unpatched cache of the same sequence would hold."""
-    held = full = 0
-    for layer in cache.layers:
-        if layer.keys is None or layer.keys.numel() == 0:
-            continue
-        stored = layer.keys.nbytes + layer.values.nbytes
-        length, window = layer.get_seq_length(), getattr(layer, "sliding_window", None)
-        length = length if window is None else min(length, window - 1)
-        held += layer.nbytes if isinstance(layer, PrunedLayer) else stored
-        full += stored // layer.keys.shape[-2] * int(length)
-    return held, full

@@ -66,7 +66,7 @@ def flash_mask(mask: Tensor | None, columns: Slots, past: int, length: int, wind
     if columns.index.shape[1] > 1 or columns.prop_attn or columns.calibrated is not None:
         raise NotImplementedError("flash attention has no bias and no mask per head for its keys; " + USE_SDPA)
     index = columns.index[:, 0]
-    seen = torch.ones_like(index) if mask is None else mask.gather(1, index.to(mask.device)).long()
+    seen = torch.ones_like(index) if mask is None else mask.gather(1, index.long().to(mask.device)).long()
     return seen if columns.size is None else seen * (columns.size[:, 0] > 0)
 
 

@@ -6,12 +6,29 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlmaccel.adapters.masks import causal_mask, per_head
+from vlmaccel.adapters.masks import add_size, causal_mask, hide, per_head
 from vlmaccel.adapters.view import View
+from vlmaccel.cache import KeyBias, PrunedLayer
 from vlmaccel.kernels.score_rows import score_rows
 from vlmaccel.reduction import gather
+from vlmaccel.run import Run
+
+
+def projected(attention: Any, which: str, x: Tensor) -> Tensor:
+    """(B, H, n, head_dim) queries ("q") or keys ("k") of x (B, n, D), projected and normed."""
+    states = getattr(attention, f"{which}_proj")(x).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{which}_norm", None)
+    return (states if norm is None else norm(states)).transpose(1, 2)
+
+
+def rotated(attention: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Projected states with their rotary positions, as the model puts them in."""
+    if not getattr(attention, "use_rope", True):  # some layers of SmolLM3 have no positions
+        return states
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate(states, states[:, :1], cos, sin)[0]
 
 
 class LayerScores:
@@ -30,9 +47,9 @@ class LayerScores:
         """See `vlmaccel.hooks.Scores.rows`."""
         rows = rows.to(self._normed.device)
         if self._keys is None:
-            new, past = self._rotated(self._attention.k_proj, "k_norm", None), self._view.past_keys
+            new, past = self._rotated("k", None), self._view.past_keys
             self._keys = new if past is None else torch.cat([past, new], 2)
-        query = self._rotated(self._attention.q_proj, "q_norm", rows)
+        query = self._rotated("q", rows)
         mask = self._mask_rows(rows, query.shape[1])
         return score_rows(query, self._keys, mask, self._attention.scaling)[..., -self._normed.shape[1] :]
 
@@ -40,24 +57,14 @@ class LayerScores:
     def keys(self) -> Tensor:
         """See `vlmaccel.hooks.Scores.keys`."""
         if self._unrotated is None:
-            self._unrotated = self._projected(self._attention.k_proj, "k_norm", self._normed)
+            self._unrotated = projected(self._attention, "k", self._normed)
         return self._unrotated
 
-    def _projected(self, project: nn.Module, norm: str, x: Tensor) -> Tensor:
-        """(B, H, n, head_dim) projected and normed states."""
-        states = project(x).unflatten(-1, (-1, self._attention.head_dim))
-        if hasattr(self._attention, norm):
-            states = getattr(self._attention, norm)(states)
-        return states.transpose(1, 2)
-
-    def _rotated(self, project: nn.Module, norm: str, rows: Tensor | None) -> Tensor:
+    def _rotated(self, which: str, rows: Tensor | None) -> Tensor:
         """(B, H, n, head_dim) projected states of some rows, in the models' order: projection, norm, rotation."""
         x, cos, sin = (t if rows is None else gather(t, rows) for t in (self._normed, self._view.cos, self._view.sin))
-        states = self._projected(project, norm, x)
-        if not getattr(self._attention, "use_rope", True):  # some layers of SmolLM3 have no positions
-            return states
-        rotate = sys.modules[type(self._attention).__module__].apply_rotary_pos_emb
-        return rotate(states, states[:, :1], cos, sin)[0]
+        states = projected(self._attention, which, x)
+        return rotated(self._attention, states, cos, sin)
 
     def _mask_rows(self, rows: Tensor, heads: int) -> Tensor:
         """(B, 1 or H, Q, m), true or additive where a row may attend."""
@@ -67,3 +74,54 @@ class LayerScores:
         index = per_head(view.columns.index, heads)
         causal = causal_mask(gather(view.rows, rows), index, self._past, view.window)
         return causal if view.mask is None else causal & (view.mask > 0)[:, None, None, :]
+
+
+class CacheScores:
+    """Rows of the softmax attention of one layer over its cache entries: `vlmaccel.hooks.EntryScores`.
+
+    layer: the decoder layer. hidden: (B, n, D), its input. embedding: cos and sin of these rows. entries: its cache layer,
+    the new tokens in it. rotary: what makes cos and sin.
+    """
+
+    def __init__(self, layer: Any, run: Run, hidden: Tensor, embedding: Any, entries: PrunedLayer, rotary: Any) -> None:
+        self._layer, self._attention, self._rotary = layer, layer.self_attn, rotary
+        self._run, self._hidden, self._embedding, self._entries = run, hidden, embedding, entries
+
+    @torch.no_grad()
+    def queries(self, rows: Tensor) -> Tensor:
+        """See `vlmaccel.hooks.EntryScores.queries`."""
+        rows = rows.to(self._hidden.device)
+        hidden, cos, sin = (gather(x, rows) for x in (self._hidden, *self._embedding))
+        return rotated(self._attention, projected(self._attention, "q", self._layer.input_layernorm(hidden)), cos, sin)
+
+    @torch.no_grad()
+    def rows(self, rows: Tensor) -> Tensor:
+        """See `vlmaccel.hooks.EntryScores.rows`."""
+        rows = rows.to(self._hidden.device)
+        query, slots, run = self.queries(rows), self._entries.slots, self._run
+        assert slots is not None
+        heads = query.shape[1]
+        logical = rows if run.index is None else run.index.to(rows.device).gather(1, rows)
+        window = getattr(self._entries, "sliding_window", None)
+        mask = causal_mask(logical, per_head(slots.index, heads), run.past, window)
+        if run.padding is not None:
+            padding = run.padding.to(mask.device)[:, None].expand(-1, slots.index.shape[1], -1)
+            mask = mask & ~per_head(padding.gather(2, slots.index.long()), heads)[:, :, None]
+        if slots.size is not None:
+            mask = hide(mask, per_head(slots.size > 0, heads)[:, :, None])
+            mask = add_size(mask, per_head(slots.size, heads), torch.float) if slots.prop_attn else mask
+        return score_rows(query, self._entries.dense()[0], mask, self._attention.scaling)
+
+    @torch.no_grad()
+    def output(self) -> Tensor:
+        """See `vlmaccel.hooks.EntryScores.output`."""
+        weight = self._attention.o_proj.weight
+        return weight.mT.unflatten(0, (-1, self._attention.head_dim))
+
+    def key_bias(self) -> KeyBias | None:
+        """See `vlmaccel.hooks.EntryScores.key_bias`."""
+        bias = getattr(self._attention.k_proj, "bias", None)
+        if bias is None or hasattr(self._attention, "k_norm") or not getattr(self._attention, "use_rope", True):
+            return None
+        rotate = sys.modules[type(self._attention).__module__].apply_rotary_pos_emb
+        return KeyBias(bias.unflatten(0, (-1, self._attention.head_dim)), self._rotary, rotate)

@@ -13,7 +13,7 @@ from vlmaccel.adapters.base import Parts
 from vlmaccel.adapters.masks import calibrate, physical_mask
 from vlmaccel.cache import PrunedLayer, Slots, extend
 from vlmaccel.reduction import gather
-from vlmaccel.run import Run
+from vlmaccel.run import Modality, Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ def layer_view(run: Run, parts: Parts, kwargs: dict[str, Any], held: Any, hidden
     if key not in run.views:
         heads = parts.config.num_attention_heads
         made = mask
-        if run.reduction is not None or isinstance(held, PrunedLayer):
+        if run.reduction is not None or (isinstance(held, PrunedLayer) and before is not None):
             flash = is_flash_attention_requested(config=parts.config)
             made = physical_mask(mask, rows, columns, run.past, run.length, heads, window, hidden.dtype, flash)
             if columns.calibrated is not None:
@@ -86,7 +86,11 @@ def _columns(run: Run, before: Slots | None, hidden: Tensor) -> Slots:
         if before is not None and before.removed is not None:
             removed = removed + before.removed
     calibrated = None if run.calibrated is None else run.calibrated[:, None].to(hidden.device)
-    new = Slots((_rows(run, hidden) + run.past)[:, None], size, run.prop_attn, removed, calibrated)
+    modality = run.remaining.modality[:, None].to(hidden.device) if run.keeps_modality else None
+    if modality is not None and bool((modality == Modality.TEXT).all()):
+        modality = None
+    index = (_rows(run, hidden) + run.past)[:, None]
+    new = Slots(index, size, run.prop_attn, removed, calibrated, modality)
     return new if before is None else before.append(new)
 
 

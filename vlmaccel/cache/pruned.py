@@ -9,122 +9,154 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from vlmaccel.cache.slots import Slots, extend
+from vlmaccel.kernels.decode_attention import decode_attention
 from vlmaccel.reduction import Reduction
 
+ROOM = 16  # decode steps between two copies of a short cache; a long one is copied when it has grown by 1/16
 
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """What the physical slots of a cache layer stand for. G is 1, or the number of KV heads if they keep different tokens.
 
-    index: (B, G, m) int64, logical (whole-sequence) index of every slot, ascending.
-    size: (B, G, m) int64, tokens a slot stands for, 0 for a filler that no query may see; None if all are 1.
-    prop_attn: whether log(size) is added to the attention logits of a key (ToMe, arXiv 2210.09461, eq. for
-        proportional attention).
-    removed: (B, 1) int64, by how much the position of later tokens is lowered in this layer; None if it is not.
-    calibrated: (B, G, m) bool, the keys whose logits are calibrated by distance (RESTORE, arXiv 2606.01711); None if
-        none are.
+@dataclass(eq=False)
+class Room:
+    """Keys and values with space behind them, so that a decode step writes one token instead of copying all.
+
+    keys, values: (B, H_kv, space, head_dim). bias: (B, G, space) float32 on the logits: -inf where nothing is yet, what
+    the slots ask for elsewhere.
     """
-
-    index: Tensor
-    size: Tensor | None = None
-    prop_attn: bool = False
-    removed: Tensor | None = None
-    calibrated: Tensor | None = None
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Slots:
-        """The same slots with `change` applied along the batch dimension of every tensor."""
-        size = None if self.size is None else change(self.size)
-        removed = None if self.removed is None else change(self.removed)
-        calibrated = None if self.calibrated is None else change(self.calibrated)
-        return replace(self, index=change(self.index), size=size, removed=removed, calibrated=calibrated)
-
-    def append(self, new: Slots) -> Slots:
-        """These slots followed by the `new` ones, whose `removed` and `prop_attn` hold from now on."""
-        size = None
-        if self.size is not None or new.size is not None:
-            size = _cat(self.sizes, new.sizes)
-        removed = self.removed if new.removed is None else new.removed
-        calibrated = None
-        if self.calibrated is not None or new.calibrated is not None:
-            calibrated = _cat(
-                *(
-                    torch.zeros_like(s.index, dtype=torch.bool) if s.calibrated is None else s.calibrated
-                    for s in (self, new)
-                )
-            )
-        return Slots(_cat(self.index, new.index), size, self.prop_attn or new.prop_attn, removed, calibrated)
-
-    def take(self, keep: Tensor) -> Slots:
-        """The slots at `keep` (B, G, k), one list for every KV head or one for all (G = 1)."""
-        groups = max(self.index.shape[1], keep.shape[1])
-        keep = keep.expand(-1, groups, -1)
-
-        def pick(x: Tensor) -> Tensor:
-            return x.expand(-1, groups, -1).gather(2, keep)
-
-        size, calibrated = (None if x is None else pick(x) for x in (self.size, self.calibrated))
-        return replace(self, index=pick(self.index), size=size, calibrated=calibrated)
-
-    @property
-    def sizes(self) -> Tensor:
-        """`size`, with the ones written out."""
-        return torch.ones_like(self.index) if self.size is None else self.size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that this bookkeeping holds."""
-        return sum(x.nbytes for x in (self.index, self.size, self.removed, self.calibrated) if x is not None)
-
-
-def _cat(a: Tensor, b: Tensor) -> Tensor:
-    groups = max(a.shape[1], b.shape[1])
-    return torch.cat([a.expand(-1, groups, -1), b.expand(-1, groups, -1)], 2)
-
-
-def extend(slots: Slots | None, start: int, n: int, batch: int, device: torch.device) -> Slots:
-    """`slots` followed by n kept tokens from logical index `start` on."""
-    dense = Slots(torch.arange(start, start + n, device=device).expand(batch, 1, n))
-    return dense if slots is None else slots.append(dense)
-
-
-class PrunedLayer(DynamicLayer):
-    """Keys and values of the kept tokens only; `get_seq_length` and `get_mask_sizes` stay those of the whole sequence."""
 
     keys: Tensor
     values: Tensor
+    bias: Tensor
+
+    def holds(self, keys: Tensor) -> bool:
+        """Whether `keys` are the first in it, there is space behind them, and it may be written to."""
+        here = keys.data_ptr() == self.keys.data_ptr() and keys.stride() == self.keys.stride()
+        mine = torch.is_inference_mode_enabled() or not self.keys.is_inference()
+        return here and mine and keys.shape[2] < self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.bias.nbytes
+
+
+class PrunedLayer(DynamicLayer):
+    """Keys and values of the kept tokens only; `get_seq_length` and `get_mask_sizes` stay those of the whole sequence.
+
+    notes: (B, G, m) tensors by name, what methods remember of every entry; they follow when entries are evicted. padding:
+        (B, N) bool, the padding of the whole sequence, None if it has none; for `attend`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    can_attend = True  # whether `attend` may be used in place of the model's own attention
 
     def __init__(self) -> None:
         super().__init__()
         self.cumulative_length = 0  # tokens seen, kept or not; `reset` of the base class zeroes it by this name
+        self.notes: dict[str, Tensor] = {}
+        self.padding: Tensor | None = None
         self._slots: Slots | None = None
         self._expected: tuple[Slots, int] | None = None
+        self._room: Room | None = None
+
+    @property
+    def held(self) -> int:
+        """Entries of each KV head, fillers included."""
+        return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
 
     @property
     def slots(self) -> Slots | None:
         """What every physical slot stands for; None while the layer is empty."""
-        if self.keys is None or self.keys.numel() == 0:
+        if not self.held:
             return None
-        batch, _, held, _ = self.keys.shape
         # tokens appended without `expect` are all kept: written out only when somebody asks, so that decoding
         # pays nothing for the bookkeeping
-        tail = held - (0 if self._slots is None else self._slots.index.shape[2])
+        tail = self.held - (0 if self._slots is None else self._slots.index.shape[2])
         if tail:
-            self._slots = extend(self._slots, self.cumulative_length - tail, tail, batch, self.keys.device)
+            start, batch = self.cumulative_length - tail, self.keys.shape[0]
+            self._slots = extend(self._slots, start, tail, batch, self.keys.device).compact()
         return self._slots
 
     def expect(self, slots: Slots, length: int) -> None:
         """Announce the next `update`: the slots after it, and by how many logical tokens the sequence grows."""
-        self._expected = (slots, length)
+        self._expected = (slots.compact(), length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append (B, H_kv, n, head_dim) keys and values; without a call of `expect` they are the next n tokens."""
+        self._count(key_states.shape[-2])
+        return self._append(key_states, value_states)
+
+    def _count(self, n: int) -> None:
         if self._expected is None:
-            self.cumulative_length += key_states.shape[-2]
+            self.cumulative_length += n
         else:
             self._slots, length = self._expected
             self._expected = None
             self.cumulative_length += length
-        return super().update(key_states, value_states)
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        n, m = key_states.shape[-2], self.held
+        if n > 1 or m == 0 or torch.is_grad_enabled():
+            self._room = None
+            return super().update(key_states, value_states)
+        if self._room is None or not self._room.holds(self.keys):
+            self._room = self._make_room(m)
+        room = self._room
+        room.keys[:, :, m], room.values[:, :, m] = key_states[:, :, 0], value_states[:, :, 0]
+        room.bias[:, :, m] = 0
+        self.keys, self.values = room.keys[:, :, : m + 1], room.values[:, :, : m + 1]
+        return self.keys, self.values
+
+    def _make_room(self, m: int) -> Room:
+        batch, kv_heads = self.keys.shape[:2]
+        space = m + max(ROOM, m // ROOM)
+        keys, values = (
+            torch.cat([x, x.new_zeros(batch, kv_heads, space - m, x.shape[-1])], 2) for x in (self.keys, self.values)
+        )
+        known = self._bias()
+        groups = 1 if known is None else known.shape[1]
+        bias = torch.full((batch, groups, space), -torch.inf, device=keys.device)
+        bias[:, :, :m] = 0
+        if known is not None:
+            bias[:, :, : known.shape[2]] = known
+        return Room(keys, values, bias)
+
+    def _bias(self) -> Tensor | None:
+        """(B, G, k) float32 on the logits of the first k entries, None where nothing is hidden or weighed."""
+        slots = self._slots
+        if slots is None or (slots.size is None and self.padding is None):
+            return None
+        sizes = slots.sizes
+        bias = sizes.clamp(min=1).float().log() if slots.prop_attn else torch.zeros_like(sizes, dtype=torch.float)
+        bias = bias.masked_fill(sizes == 0, -torch.inf)
+        if self.padding is None:
+            return bias
+        hidden = self.padding.to(bias.device)[:, None].expand(-1, sizes.shape[1], -1).gather(2, slots.index.long())
+        return bias.masked_fill(hidden, -torch.inf)
+
+    def announce_attend(self, padding: Tensor | None) -> None:
+        """`attend` will follow the next `update`. padding: (B, N) bool, of the whole sequence, or None."""
+        self.padding = padding
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        """Attention (B, H, 1, head_dim) of the newest token over all entries, right after its `update`."""
+        room = self._room
+        if room is None:
+            return decode_attention(query, self.keys, self.values, self._whole_bias(), scale)
+        return decode_attention(query, room.keys, room.values, room.bias, scale)
+
+    def _whole_bias(self) -> Tensor | None:
+        known = self._bias()
+        return None if known is None else torch.nn.functional.pad(known, (0, self.held - known.shape[2]))
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """(B, H_kv, m, head_dim) keys and values of every slot, in full precision."""
+        return self.keys, self.values
+
+    @property
+    def reduced(self) -> bool:
+        """Whether entries are fewer than tokens seen."""
+        return self.held < self.cumulative_length
 
     @property
     def removed(self) -> Tensor | None:
@@ -132,28 +164,47 @@ class PrunedLayer(DynamicLayer):
         return None if self._slots is None else self._slots.removed
 
     @property
+    def calibrated(self) -> bool:
+        """Whether logits of some slots depend on their distance."""
+        return self._slots is not None and self._slots.calibrated is not None
+
+    @property
     def masked(self) -> bool:
         """Whether some slot needs a mask of its own: a filler, a size that counts in the attention, or a calibration."""
         return self._slots is not None and not (self._slots.size is None and self._slots.calibrated is None)
 
-    def reduce(self, reduction: Reduction) -> None:
+    def reduce(self, reduction: Reduction, prop_attn: bool = False) -> None:
         """Evict or merge slots. `reduction` counts them as its tokens; its batch is B, or B * H_kv in that order where
-        every KV head keeps its own."""
+        every KV head keeps its own. prop_attn: log(size) of merged slots counts in the attention from now on."""
         slots = self.slots
         if slots is None:
             raise RuntimeError("there is nothing in this cache layer to reduce")
         batch, kv_heads, m, _ = self.keys.shape
+        if reduction.keep.shape[0] == batch:
+            reduction = reduction.repeat(slots.index.shape[1])
         groups = reduction.keep.shape[0] // batch
         size = slots.sizes.expand(-1, groups, -1).reshape(-1, m)
+        each = reduction.repeat(kv_heads // groups)
+        weight = size.repeat_interleave(kv_heads // groups, 0) if reduction.merges else None
 
         def shrink(x: Tensor) -> Tensor:
-            x = x.reshape(batch * groups, kv_heads // groups, m, -1).transpose(1, 2)
-            return reduction.apply(x, size).transpose(1, 2).reshape(batch, kv_heads, -1, x.shape[-1])
+            return each.apply(x.flatten(0, 1), weight).unflatten(0, (batch, kv_heads))
 
         self.keys, self.values = shrink(self.keys), shrink(self.values)
-        kept, total = slots.take(reduction.keep.view(batch, groups, -1)), reduction.total(size)
-        plain = bool((total == 1).all())
-        self._slots = replace(kept, size=None if plain else total.view(batch, groups, -1))
+        self._reduce_slots(slots, reduction, size, prop_attn)
+
+    def _reduce_slots(self, slots: Slots, reduction: Reduction, size: Tensor, prop_attn: bool) -> None:
+        """Let slots and notes follow a reduction; size: (B * G, m), of the slots before."""
+        batch, groups = slots.index.shape[0], reduction.keep.shape[0] // slots.index.shape[0]
+        keep = reduction.keep.view(batch, groups, -1)
+        total = reduction.total(size).view(batch, groups, -1)
+        kept = replace(slots.take(keep), size=None if bool((total == 1).all()) else total)
+        self._slots = replace(kept, prop_attn=slots.prop_attn or prop_attn).compact()
+        for name, x in self.notes.items():
+            both = max(groups, x.shape[1])
+            x = torch.nn.functional.pad(x, (0, slots.index.shape[2] - x.shape[2]))  # nothing is noted of newer entries
+            self.notes[name] = x.expand(-1, both, -1).gather(2, keep.expand(-1, both, -1))
+        self._room = None
 
     def get_seq_length(self) -> int:
         """Logical length: every token seen, kept or not."""
@@ -165,7 +216,8 @@ class PrunedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self._slots = self._expected = None
+        self._slots = self._expected = self._room = self.padding = None
+        self.notes = {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens, as assisted decoding does with rejected candidates."""
@@ -178,15 +230,25 @@ class PrunedLayer(DynamicLayer):
         left = (slots.index < length).sum(-1)
         n = int(left.max())
         if int(left.min()) != n:
-            raise ValueError("cannot crop into the pruned prompt: its samples kept different numbers of tokens")
-        self._slots = slots.take(torch.arange(n, device=left.device).expand(left.shape[0], 1, n))
-        self.keys, self.values = self.keys[..., :n, :], self.values[..., :n, :]
+            raise ValueError(
+                "cannot crop into the pruned prompt: its samples or heads kept different numbers of tokens"
+            )
+        self._keep_first(n, slots)
         self.cumulative_length = length
 
+    def _keep_first(self, n: int, slots: Slots) -> None:
+        first = torch.arange(n, device=slots.index.device).expand(slots.index.shape[0], 1, n)
+        self._slots, self._room = slots.take(first), None
+        self.keys, self.values = self.keys[..., :n, :], self.values[..., :n, :]
+        self.notes = {name: x[..., :n] for name, x in self.notes.items()}
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.slots is not None:
+        slots = self.slots
+        if slots is not None:
             self.keys, self.values = change(self.keys), change(self.values)
-            self._slots = self.slots.map(change)
+            self._slots, self._room = slots.map(change), None
+            self.notes = {name: change(x) for name, x in self.notes.items()}
+            self.padding = None if self.padding is None else change(self.padding)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -199,15 +261,19 @@ class PrunedLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: keys, values and what tells which tokens they are."""
+        """Bytes held: keys, values, space for more, notes, and what tells which tokens they are."""
         slots = self.slots
-        return 0 if slots is None else self.keys.nbytes + self.values.nbytes + slots.nbytes
+        if slots is None:
+            return 0
+        entries = self.keys.nbytes + self.values.nbytes if self._room is None else self._room.nbytes
+        return entries + slots.nbytes + sum(x.nbytes for x in self.notes.values())
 
 
 class PrunedSlidingLayer(PrunedLayer):
     """The same for a sliding-window layer: the mask hides what left the window, in logical positions."""
 
     is_sliding = True
+    can_attend = False  # what has left the window of one sample only is hidden by the mask
 
     def __init__(self, sliding_window: int, record_past: bool = False) -> None:
         super().__init__()
@@ -224,8 +290,9 @@ class PrunedSlidingLayer(PrunedLayer):
         if keys.shape[-2] >= self.sliding_window and not self.record_past and (slots := self.slots) is not None:
             gone = int((slots.index <= self.cumulative_length - self.sliding_window).sum(-1).min())
             left = torch.arange(gone, keys.shape[-2], device=keys.device)
-            self.keys, self.values = keys[..., gone:, :], values[..., gone:, :]
+            self.keys, self.values, self._room = keys[..., gone:, :], values[..., gone:, :], None
             self._slots = slots.take(left.expand(keys.shape[0], 1, -1))
+            self.notes = {name: x[..., gone:] for name, x in self.notes.items()}
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -237,10 +304,12 @@ class PrunedSlidingLayer(PrunedLayer):
 
 
 def prunable(cache: Cache) -> bool:
-    """Whether every layer can be pruned: plain dynamic and sliding-window ones can, static and quantised ones cannot."""
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer, PrunedSlidingLayer)
-    lazy = cache.layer_class_to_replicate
-    return (lazy is None or lazy in kinds) and all(type(layer) in kinds for layer in cache.layers)
+    """Whether every layer can be pruned: plain dynamic and sliding-window ones can; static, quantised and offloaded ones
+    cannot."""
+    plain, lazy = (DynamicLayer, DynamicSlidingWindowLayer), cache.layer_class_to_replicate
+    if getattr(cache, "offloading", False) or (lazy is not None and lazy not in plain):
+        return False
+    return all(type(layer) in plain or isinstance(layer, PrunedLayer) for layer in cache.layers)
 
 
 def pruned_layer(cache: Cache, layer: int) -> PrunedLayer:

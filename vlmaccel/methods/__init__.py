@@ -7,16 +7,22 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from vlmaccel.hooks import Method
+from vlmaccel.methods.adakv import AdaKV
 from vlmaccel.methods.attention_sum import AttentionSum
 from vlmaccel.methods.baselines import Random, Uniform
 from vlmaccel.methods.fastv import FastV
+from vlmaccel.methods.h2o import H2O
 from vlmaccel.methods.magnitude import Magnitude
 from vlmaccel.methods.neighbour_cosine import NeighbourCosine
 from vlmaccel.methods.pool import Pool
 from vlmaccel.methods.pyramiddrop import PyramidDrop
+from vlmaccel.methods.pyramidkv import PyramidKV
 from vlmaccel.methods.selection import Selection, SingleStage
+from vlmaccel.methods.snapkv import SnapKV
+from vlmaccel.methods.streaming_llm import StreamingLLM
 from vlmaccel.methods.tome import ToMe
 from vlmaccel.methods.tome_decoder import ToMeDecoder
+from vlmaccel.methods.vl_cache import VLCache
 
 BUILTIN: tuple[type[Method], ...] = (
     ToMe,
@@ -29,6 +35,12 @@ BUILTIN: tuple[type[Method], ...] = (
     Random,
     Uniform,
     Pool,
+    StreamingLLM,
+    H2O,
+    SnapKV,
+    PyramidKV,
+    AdaKV,
+    VLCache,
 )
 
 
@@ -56,6 +68,8 @@ def check_options(method: type[Method], options: Iterable[str]) -> None:
 
 
 __all__ = [
+    "H2O",
+    "AdaKV",
     "AttentionSum",
     "FastV",
     "Magnitude",
@@ -63,12 +77,16 @@ __all__ = [
     "NeighbourCosine",
     "Pool",
     "PyramidDrop",
+    "PyramidKV",
     "Random",
     "Selection",
     "SingleStage",
+    "SnapKV",
+    "StreamingLLM",
     "ToMe",
     "ToMeDecoder",
     "Uniform",
+    "VLCache",
     "check_options",
     "make",
     "registry",

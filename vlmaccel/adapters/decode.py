@@ -1,0 +1,26 @@
+"""Decode attention straight from a cache layer, without touching the decoder's code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from vlmaccel.cache import PrunedLayer
+
+
+class DecodeAttention(TorchFunctionMode):
+    """Inside it, `scaled_dot_product_attention` of the newest token is `layer.attend`, however the layer holds its keys."""
+
+    def __init__(self, layer: PrunedLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query = args[0]
+        scale = kwargs.get("scale")
+        return self.layer.attend(query, query.shape[-1] ** -0.5 if scale is None else scale)
