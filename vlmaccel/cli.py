@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -53,7 +54,9 @@ def vqa(
     method: Method = None,
     option: Options = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Without --turns, which takes one conversation at a time.")
+    ] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
     instruction: Annotated[str, typer.Option(help="Put behind every question.")] = "",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -61,11 +64,29 @@ def vqa(
     device_map: Annotated[str | None, typer.Option(help="For accelerate, instead of --device.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the answers; go on from it if it exists.")] = None,
     loyal_to: Annotated[Path | None, typer.Option(help="File of another run's answers to compare with.")] = None,
+    turns: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Accuracy by turn: so many questions about each picture over one KV cache, and in so many orders.",
+        ),
+    ] = None,
+    turn_mode: Annotated[
+        str,
+        typer.Option(
+            help="shared-prefix: every question follows the picture alone, as when a server shares the picture's cache; "
+            "conversation: it follows the earlier questions and answers too, which tiny-llava never learnt."
+        ),
+    ] = "shared-prefix",
+    seed: Annotated[int, typer.Option(help="Of which questions --turns asks, and in which order.")] = 0,
 ) -> None:
     """Ask a model all questions of a data set: VQA accuracy and exact match."""
     with user_errors():
         import vlmaccel
         from vlmaccel.evals.answer_file import read_answers
+        from vlmaccel.evals.multi_turn import conversations
+        from vlmaccel.evals.multi_turn_eval import evaluate_turns, read_turn_answers
+        from vlmaccel.evals.multi_turn_report import turn_table
         from vlmaccel.evals.vqa import evaluate, load
         from vlmaccel.evals.vqa_data import read_samples
         from vlmaccel.evals.vqa_report import table
@@ -74,13 +95,33 @@ def vqa(
         chosen = make(method, **parse_options(option)) if method else None
         if option and not method:
             raise ValueError("--option goes with --method")
-        others = read_answers(loyal_to) if loyal_to else None
-        samples = read_samples(data)[:limit]
+        settings: dict[str, Any] = {"model": model, "method": repr(chosen) if chosen else "none", "data": data}
+        if turns:
+            settings |= {"turns": turns, "turn_mode": turn_mode, "seed": seed}
+            others = read_turn_answers(loyal_to, settings) if loyal_to else None
+            talks = conversations(read_samples(data), turns, seed, limit)
+        else:
+            others = read_answers(loyal_to) if loyal_to else None
+            samples = read_samples(data)[:limit]
         loaded, processor = load(model, dtype, device, device_map)
         if chosen:
             vlmaccel.patch(loaded, chosen)
-        settings = {"model": model, "method": repr(chosen) if chosen else "none", "data": data}
         with _progress() as progress:
+            if turns:
+                progress.start("answering", turns * len(talks.questions))
+                by_turn = evaluate_turns(
+                    loaded,
+                    processor,
+                    talks,
+                    max_new_tokens,
+                    turn_mode,
+                    out,
+                    instruction,
+                    settings,
+                    progress.advance,
+                )
+                _show(turn_table(by_turn, others))
+                return
             progress.start("answering", len(samples))
             result = evaluate(
                 loaded,
@@ -94,6 +135,69 @@ def vqa(
                 progress.advance,
             )
         _show(table(result, result.loyalty(others) if others else None))
+
+
+@evals.command()
+def text(
+    model: Annotated[
+        str, typer.Option(help="Local directory or hub id; smollm2: see python -m vlmaccel.evals.smollm2.")
+    ] = "smollm2",
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="NAME or NAME:key=value,... of `vlmaccel methods`; several times."),
+    ] = None,
+    source: Annotated[str, typer.Option("--text", help="pydoc (Python's help topics) or a text file.")] = "pydoc",
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a window whose perplexity is measured.")] = 1024,
+    windows: Annotated[int, typer.Option(min=0, help="So many windows; 0: no perplexity.")] = 8,
+    prefill: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Share of a window that is read as a prompt, the rest is scored; 0: plain perplexity."
+        ),
+    ] = 0.5,
+    step: Annotated[int, typer.Option(min=1, help="Tokens scored at a time; more than 1 is read like a prompt.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    length: Annotated[
+        list[int] | None,
+        typer.Option("--length", min=1, help="Of a needle's prompt; several times. Default 1024, 2048."),
+    ] = None,
+    needles: Annotated[int, typer.Option(min=0, help="At each length, evenly spread from start to end.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the needles.")] = 0,
+    turns: Annotated[int, typer.Option(min=0, help="Of the decode rate's measurement; 0: none.")] = 3,
+    timed_prompt: Annotated[int, typer.Option(min=1, help="Tokens before those that are timed.")] = 1024,
+    timed_tokens: Annotated[int, typer.Option(min=2)] = 33,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """A text LLM on real text, unpatched and with each method: perplexity, a needle in a haystack, decode rate."""
+    with user_errors():
+        from vlmaccel.evals import text_report
+        from vlmaccel.evals.text import load, text_source
+        from vlmaccel.evals.text_eval import evaluate
+        from vlmaccel.evals.text_result import TextSettings
+
+        settings = TextSettings(
+            context=context,
+            windows=windows,
+            prefill=prefill,
+            step=step,
+            batch_size=batch_size,
+            lengths=tuple(length or TextSettings.lengths),
+            needles=needles,
+            seed=seed,
+            turns=turns,
+            timed_prompt=timed_prompt,
+            timed_tokens=timed_tokens,
+        )
+        ways = {name: parse_method(name) for name in method or ()}
+        words = text_source(source)
+        loaded, tokenizer = load(model, dtype, device)
+        with _progress() as progress:
+            result = evaluate(loaded, tokenizer, words, ways, settings, progress, {"model": model, "text": source})
+        _show(text_report.table(result), *text_report.notes(result))
+        if out:
+            _show(f"\nwrote {text_report.write(result, out)}")
 
 
 @evals.command()
@@ -285,18 +389,26 @@ def adapters() -> None:
         _show(_two_columns("adapter", vlmaccel.adapters()))
 
 
-def parse_options(pairs: list[str] | None) -> dict[str, Any]:
+def parse_options(pairs: list[str] | None, flag: str = "--option") -> dict[str, Any]:
     """key=value pairs; values are Python literals (0.5, None, 1,3,4), or else text."""
     options: dict[str, Any] = {}
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise ValueError(f"--option takes key=value, e.g. ratio=0.5, not {pair!r}")
+            raise ValueError(f"{flag} takes key=value, e.g. ratio=0.5, not {pair!r}")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             options[key] = value
     return options
+
+
+def parse_method(text: str) -> Any:
+    """The method of NAME or NAME:key=value,key=value; a comma inside a value does not end it, e.g. ratios=0.5,0.25."""
+    from vlmaccel.methods import make
+
+    name, colon, rest = text.partition(":")
+    return make(name, **parse_options(re.split(r",(?=[A-Za-z_]\w*=)", rest) if colon else None, f"--method {name}:"))
 
 
 def _numbers(lists: list[str] | None) -> list[int]:

@@ -253,7 +253,10 @@ class DecoderHooks:
         hidden, cache = (args[0] if args else kwargs["hidden_states"]), cache_of(kwargs)
         view: View = run.views.pop("attention")
         # a sliding-window layer has forgotten keys by now, and is asked to project them once more
-        keys = cache.layers[i].keys if cache is not None and view.window is None else None
+        keys = None
+        if cache is not None and view.window is None:
+            held = cache.layers[i]
+            keys = held.dense()[0] if isinstance(held, PrunedLayer) else held.keys
         scores = LayerScores(module, hidden, view, run.past, keys)
         for method in self._at["attention_layers"][i]:
             method.attention(Attention(run, hidden, i, self.depth, scores))

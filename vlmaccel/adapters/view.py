@@ -58,7 +58,9 @@ def layer_view(run: Run, parts: Parts, kwargs: dict[str, Any], held: Any, hidden
                 made = calibrate(made, rows, columns, run.past, heads, hidden.dtype, _turned(run, parts, hidden))
         run.views[key] = (mask, made)
     cos, sin = _rotary(run, parts, kwargs, removed, rows, hidden)
-    past_keys = None if before is None else held.keys
+    past_keys = None
+    if before is not None and run.may_reduce:
+        past_keys = held.dense()[0] if isinstance(held, PrunedLayer) else held.keys
     return View(rows, columns, cos, sin, run.views[key][1], past_keys, window)
 
 

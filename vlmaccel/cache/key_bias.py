@@ -23,11 +23,15 @@ class KeyBias:
     rotate: Callable[..., tuple[Tensor, Tensor]]
 
     def at(self, positions: Tensor) -> Tensor:
-        """(B, H_kv, n, head_dim) float32, the rotated bias at positions (P, B, n), P = 1, or 3 for a multi-axis embedding."""
-        bias = self.bias.detach().float()[None, :, None].expand(positions.shape[1], -1, positions.shape[2], -1)
-        ids = positions[0] if positions.shape[0] == 1 else positions
-        cos, sin = self.rotary(torch.empty(0, device=bias.device), position_ids=ids.long().to(bias.device))
-        return self.rotate(bias, bias, cos, sin)[1]
+        """(B, H_kv, n, head_dim) float32, the rotated bias at positions (P, B, G, n): P = 1, or 3 for an embedding with
+        several axes; G = 1, or H_kv if heads hold different tokens."""
+        axes, batch, groups, n = positions.shape
+        kv_heads, dim = self.bias.shape
+        bias = self.bias.detach().float()[None, :, None].expand(batch, -1, n, -1)
+        bias = bias.reshape(batch * groups, kv_heads // groups, n, dim)
+        ids = positions.reshape(axes, batch * groups, n).long().to(bias.device)
+        cos, sin = self.rotary(torch.empty(0, device=bias.device), position_ids=ids[0] if axes == 1 else ids)
+        return self.rotate(bias, bias, cos, sin)[1].reshape(batch, kv_heads, n, dim)
 
     def __deepcopy__(self, memo: Any) -> KeyBias:
         """A copy of a cache shares it: it belongs to the model."""

@@ -95,7 +95,7 @@ class PrunedLayer(DynamicLayer):
             self.cumulative_length += length
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        n, m = key_states.shape[-2], self.held
+        n, m = key_states.shape[-2], 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
         if n > 1 or m == 0 or torch.is_grad_enabled():
             self._room = None
             return super().update(key_states, value_states)
@@ -113,7 +113,7 @@ class PrunedLayer(DynamicLayer):
         keys, values = (
             torch.cat([x, x.new_zeros(batch, kv_heads, space - m, x.shape[-1])], 2) for x in (self.keys, self.values)
         )
-        known = self._bias()
+        known = self._bias(self._slots)
         groups = 1 if known is None else known.shape[1]
         bias = torch.full((batch, groups, space), -torch.inf, device=keys.device)
         bias[:, :, :m] = 0
@@ -121,9 +121,8 @@ class PrunedLayer(DynamicLayer):
             bias[:, :, : known.shape[2]] = known
         return Room(keys, values, bias)
 
-    def _bias(self) -> Tensor | None:
-        """(B, G, k) float32 on the logits of the first k entries, None where nothing is hidden or weighed."""
-        slots = self._slots
+    def _bias(self, slots: Slots | None) -> Tensor | None:
+        """(B, G, k) float32 on the logits of the entries that slots are of, None where nothing is hidden or weighed."""
         if slots is None or (slots.size is None and self.padding is None):
             return None
         sizes = slots.sizes
@@ -146,7 +145,7 @@ class PrunedLayer(DynamicLayer):
         return decode_attention(query, room.keys, room.values, room.bias, scale)
 
     def _whole_bias(self) -> Tensor | None:
-        known = self._bias()
+        known = self._bias(self._slots)
         return None if known is None else torch.nn.functional.pad(known, (0, self.held - known.shape[2]))
 
     def dense(self) -> tuple[Tensor, Tensor]:

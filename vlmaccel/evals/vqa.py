@@ -23,6 +23,8 @@ from vlmaccel.evals.samples import VQASample
 from vlmaccel.evals.vqa_accuracy import exact_match, vqa_accuracy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+# a checkpoint's own sampling settings would only be warned about
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 COSTS = ("visual_tokens", "nominal_visual_tokens", "flops", "flops_full", "kv_bytes", "kv_bytes_full")
 
 
@@ -173,17 +175,16 @@ def _chat(sample: VQASample, instruction: str) -> list[dict[str, Any]]:
 def answer(model: Any, processor: Any, batches: Iterable[Batch], max_new_tokens: int) -> Iterator[list[Answer]]:
     """The greedy answers to each batch."""
     for batch in batches:
-        inputs = {name: _place(value, model) for name, value in batch.inputs.items()}
-        # a checkpoint's own sampling settings would only be warned about
-        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        written = model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens)
+        inputs = {name: place(value, model) for name, value in batch.inputs.items()}
+        written = model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens)
         new = written[:, inputs["input_ids"].shape[1] :]
         cost = _cost(model, len(batch.samples))
         texts = processor.batch_decode(new, skip_special_tokens=True)
-        yield [_marked(sample, text, cost) for sample, text in zip(batch.samples, texts, strict=True)]
+        yield [marked(sample, text, cost) for sample, text in zip(batch.samples, texts, strict=True)]
 
 
-def _place(value: Any, model: Any) -> Any:
+def place(value: Any, model: Any) -> Any:
+    """A model input on the model's device, in its dtype if it is a floating point tensor."""
     if not isinstance(value, torch.Tensor):
         return dict(value) if isinstance(value, Mapping) else value  # generate() fills in what it encodes
     return value.to(model.device, model.dtype if value.is_floating_point() else None)
@@ -203,7 +204,8 @@ def _cost(model: Any, batch: int) -> dict[str, float]:
     }
 
 
-def _marked(sample: VQASample, text: str, cost: Mapping[str, float]) -> Answer:
+def marked(sample: VQASample, text: str, cost: Mapping[str, float]) -> Answer:
+    """The answer `text` with its accuracies; cost: as in `Answer`."""
     text = text.strip()
     right = vqa_accuracy(text, sample.answers), exact_match(text, sample.answers)
     return Answer(sample.id, sample.kind, sample.question, text, *right, cost)
@@ -259,5 +261,5 @@ def _finished(rows: Iterable[Mapping[str, Any]], by_id: Mapping[str, VQASample])
         if sample is not None:
             if row["question"] != sample.question:
                 raise ValueError(f"the file has an answer to another question {sample.id}: {row['question']!r}")
-            done[sample.id] = _marked(sample, row["answer"], row["cost"])
+            done[sample.id] = marked(sample, row["answer"], row["cost"])
     return done

@@ -28,11 +28,12 @@ def table(result: VQAResult, loyalty: float | None = None) -> Table:
         made.add_column(name, justify="right")
     kinds = result.by_kind()
     for kind, score in kinds.items() if len(kinds) > 1 else ():
-        made.add_row(kind or "-", *_cells(score))
+        made.add_row(kind or "-", *cells(score))
     made.add_section()
-    made.add_row("all", *_cells(result.score))
+    made.add_row("all", *cells(result.score))
     return made
 
 
-def _cells(score: Score) -> tuple[str, ...]:
+def cells(score: Score) -> tuple[str, ...]:
+    """Number of questions, VQA accuracy and exact match, both in percent."""
     return str(score.questions), f"{100 * score.accuracy:.2f}", f"{100 * score.exact_match:.2f}"

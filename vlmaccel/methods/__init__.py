@@ -13,6 +13,7 @@ from vlmaccel.methods.baselines import Random, Uniform
 from vlmaccel.methods.fastv import FastV
 from vlmaccel.methods.h2o import H2O
 from vlmaccel.methods.magnitude import Magnitude
+from vlmaccel.methods.mixed_precision import MixedPrecisionKV
 from vlmaccel.methods.neighbour_cosine import NeighbourCosine
 from vlmaccel.methods.pool import Pool
 from vlmaccel.methods.pyramiddrop import PyramidDrop
@@ -41,6 +42,7 @@ BUILTIN: tuple[type[Method], ...] = (
     PyramidKV,
     AdaKV,
     VLCache,
+    MixedPrecisionKV,
 )
 
 
@@ -74,6 +76,7 @@ __all__ = [
     "FastV",
     "Magnitude",
     "Method",
+    "MixedPrecisionKV",
     "NeighbourCosine",
     "Pool",
     "PyramidDrop",
