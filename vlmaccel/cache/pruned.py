@@ -172,6 +172,10 @@ class PrunedLayer(DynamicLayer):
         """Whether some slot needs a mask of its own: a filler, a size that counts in the attention, or a calibration."""
         return self._slots is not None and not (self._slots.size is None and self._slots.calibrated is None)
 
+    def rewrite(self, keys: Tensor, values: Tensor) -> None:
+        """Put other keys and values (B, H_kv, m, head_dim) in place of those held, for the same slots."""
+        self.keys, self.values, self._room = keys, values, None
+
     def reduce(self, reduction: Reduction, prop_attn: bool = False) -> None:
         """Evict or merge slots. `reduction` counts them as its tokens; its batch is B, or B * H_kv in that order where
         every KV head keeps its own. prop_attn: log(size) of merged slots counts in the attention from now on."""

@@ -12,6 +12,7 @@ from vlmaccel.methods.attention_sum import AttentionSum
 from vlmaccel.methods.baselines import Random, Uniform
 from vlmaccel.methods.fastv import FastV
 from vlmaccel.methods.h2o import H2O
+from vlmaccel.methods.look_m import LookM
 from vlmaccel.methods.magnitude import Magnitude
 from vlmaccel.methods.mixed_precision import MixedPrecisionKV
 from vlmaccel.methods.neighbour_cosine import NeighbourCosine
@@ -42,6 +43,7 @@ BUILTIN: tuple[type[Method], ...] = (
     PyramidKV,
     AdaKV,
     VLCache,
+    LookM,
     MixedPrecisionKV,
 )
 
@@ -74,6 +76,7 @@ __all__ = [
     "AdaKV",
     "AttentionSum",
     "FastV",
+    "LookM",
     "Magnitude",
     "Method",
     "MixedPrecisionKV",

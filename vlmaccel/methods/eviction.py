@@ -17,6 +17,7 @@ from vlmaccel.reduction import Reduction
 
 Rows = Literal["last", "post-vision"]
 Heads = Literal["mean", "max"]
+BLOCK = 64  # rows of attention that exist at a time where all are wanted
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,17 @@ def observed(at: CacheEntries, which: Rows, window: int) -> Tensor:
     total = (attention * counts[:, None, :, None]).sum(2)
     seen = seen_by(at, rows, counts)
     return total / per_query_head(seen, total.shape[1]).clamp(min=1)
+
+
+def attention_of_all(at: CacheEntries) -> Tensor:
+    """(B, H, m) float32, the sum of the attention that entries get from all rows, in blocks of rows."""
+    assert at.scores is not None
+    real = at.run.remaining.modality != Modality.PAD
+    total = torch.zeros((), device=at.slots.index.device)
+    for rows in torch.arange(real.shape[1], device=real.device).split(BLOCK):
+        attention = at.scores.rows(rows.expand(len(real), -1))
+        total = total + (attention * real[:, None, rows, None].to(attention.device)).sum(2)
+    return total
 
 
 def seen_by(at: CacheEntries, rows: Tensor, counts: Tensor) -> Tensor:

@@ -15,12 +15,11 @@ from torch.nn.functional import pad
 
 from vlmaccel.hooks import CacheEntries, Modality
 from vlmaccel.methods.budget import entries_of
-from vlmaccel.methods.eviction import by_kv_head, first_and_last, seen_by
+from vlmaccel.methods.eviction import attention_of_all, by_kv_head, first_and_last, seen_by
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.methods.streaming import Streaming
 from vlmaccel.reduction import Reduction
 
-BLOCK = 64  # rows of attention that exist at a time
 Reduce = Literal["sum", "mean"]
 
 
@@ -50,14 +49,8 @@ class H2O(Streaming):
 
     def _accumulate(self, at: CacheEntries) -> None:
         """Add the attention of the new rows to what every entry has had."""
-        assert at.scores is not None
         real = at.run.remaining.modality != Modality.PAD
-        n = real.shape[1]
-        total = 0
-        for rows in torch.arange(n, device=real.device).split(BLOCK):
-            attention = at.scores.rows(rows.expand(len(real), -1))
-            total = total + (attention * real[:, None, rows, None].to(attention.device)).sum(2)
-        received = by_kv_head(torch.as_tensor(total), at)
+        received = by_kv_head(attention_of_all(at), at)
         for name, new in (("h2o", received), ("h2o rows", self._rows(at, real))):
             if (old := at.entries.notes.get(name)) is not None:
                 new = new + pad(old, (0, new.shape[2] - old.shape[2]))
