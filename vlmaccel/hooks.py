@@ -220,7 +220,11 @@ class Method:
 
     def hook_points(self) -> tuple[str, ...]:
         """The hook points that this method acts at: those it overrides."""
-        return tuple(p for p in HOOK_POINTS if getattr(type(self), p) is not getattr(Method, p))
+        overridden = [
+            name for name in (*HOOK_POINTS, "cache_layer") if getattr(type(self), name) is not getattr(Method, name)
+        ]
+        points = {"cache" if name == "cache_layer" else name for name in overridden}
+        return tuple(point for point in HOOK_POINTS if point in points)
 
     def decoder_layers(self, depth: int) -> Sequence[int]:
         """Decoder layers (0-based, of `depth`) before which `decoder_layer` is called."""

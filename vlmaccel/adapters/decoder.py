@@ -268,7 +268,8 @@ class DecoderHooks:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         held = pruned_layer(cache, i)
-        scores = CacheScores(module, run, hidden, kwargs["position_embeddings"], held, self.parts.rotary)
+        layer = lambda: cache.layers[i]  # noqa: E731  # methods may replace it
+        scores = CacheScores(module, run, hidden, kwargs["position_embeddings"], layer, self.parts.rotary)
         decoding = run.length == 1 or run.verifying
         if self._local.entries is None:
             self._local.entries = Entries(self._at["cache_layers"])

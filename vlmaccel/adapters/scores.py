@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,11 +80,13 @@ class LayerScores:
 class CacheScores:
     """Rows of the softmax attention of one layer over its cache entries: `vlmaccel.hooks.EntryScores`.
 
-    layer: the decoder layer. hidden: (B, n, D), its input. embedding: cos and sin of these rows. entries: its cache layer,
-    the new tokens in it. rotary: what makes cos and sin.
+    layer: the decoder layer. hidden: (B, n, D), its input. embedding: cos and sin of these rows. entries: gives its cache
+    layer as it is at the moment, the new tokens in it. rotary: what makes cos and sin.
     """
 
-    def __init__(self, layer: Any, run: Run, hidden: Tensor, embedding: Any, entries: PrunedLayer, rotary: Any) -> None:
+    def __init__(
+        self, layer: Any, run: Run, hidden: Tensor, embedding: Any, entries: Callable[[], PrunedLayer], rotary: Any
+    ) -> None:
         self._layer, self._attention, self._rotary = layer, layer.self_attn, rotary
         self._run, self._hidden, self._embedding, self._entries = run, hidden, embedding, entries
 
@@ -98,11 +101,12 @@ class CacheScores:
     def rows(self, rows: Tensor) -> Tensor:
         """See `vlmaccel.hooks.EntryScores.rows`."""
         rows = rows.to(self._hidden.device)
-        query, slots, run = self.queries(rows), self._entries.slots, self._run
+        query, entries, run = self.queries(rows), self._entries(), self._run
+        slots = entries.slots
         assert slots is not None
         heads = query.shape[1]
         logical = rows if run.index is None else run.index.to(rows.device).gather(1, rows)
-        window = getattr(self._entries, "sliding_window", None)
+        window = getattr(entries, "sliding_window", None)
         mask = causal_mask(logical, per_head(slots.index, heads), run.past, window)
         if run.padding is not None:
             padding = run.padding.to(mask.device)[:, None].expand(-1, slots.index.shape[1], -1)
@@ -110,7 +114,7 @@ class CacheScores:
         if slots.size is not None:
             mask = hide(mask, per_head(slots.size > 0, heads)[:, :, None])
             mask = add_size(mask, per_head(slots.size, heads), torch.float) if slots.prop_attn else mask
-        return score_rows(query, self._entries.dense()[0], mask, self._attention.scaling)
+        return score_rows(query, entries.dense()[0], mask, self._attention.scaling)
 
     @torch.no_grad()
     def output(self) -> Tensor:

@@ -13,12 +13,14 @@ from vlmaccel.methods.baselines import Random, Uniform
 from vlmaccel.methods.fastv import FastV
 from vlmaccel.methods.h2o import H2O
 from vlmaccel.methods.look_m import LookM
+from vlmaccel.methods.low_rank import LowRankKV
 from vlmaccel.methods.magnitude import Magnitude
 from vlmaccel.methods.mixed_precision import MixedPrecisionKV
 from vlmaccel.methods.neighbour_cosine import NeighbourCosine
 from vlmaccel.methods.pool import Pool
 from vlmaccel.methods.pyramiddrop import PyramidDrop
 from vlmaccel.methods.pyramidkv import PyramidKV
+from vlmaccel.methods.quest import Quest
 from vlmaccel.methods.selection import Selection, SingleStage
 from vlmaccel.methods.snapkv import SnapKV
 from vlmaccel.methods.streaming_llm import StreamingLLM
@@ -45,6 +47,8 @@ BUILTIN: tuple[type[Method], ...] = (
     VLCache,
     LookM,
     MixedPrecisionKV,
+    LowRankKV,
+    Quest,
 )
 
 
@@ -77,6 +81,7 @@ __all__ = [
     "AttentionSum",
     "FastV",
     "LookM",
+    "LowRankKV",
     "Magnitude",
     "Method",
     "MixedPrecisionKV",
@@ -84,6 +89,7 @@ __all__ = [
     "Pool",
     "PyramidDrop",
     "PyramidKV",
+    "Quest",
     "Random",
     "Selection",
     "SingleStage",
