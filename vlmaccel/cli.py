@@ -371,6 +371,48 @@ def vit(
             _show(f"wrote {out}")
 
 
+@benches.command()
+def cache(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="One or several; default llava-1.5-7b and qwen2-1.5b.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Tokens in the cache; default 2048,16384.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="One or several; default float32 and bfloat16.")] = None,
+    depth: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 2,
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    budget: Annotated[float, typer.Option(help="Share of the cache that stays.")] = 0.1,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps timed together.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that count.")] = 5,
+    device: Annotated[str, typer.Option()] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """Decode steps over a smaller KV cache against the whole one, in turn."""
+    with user_errors():
+        from vlmaccel.evals import bench_cache
+
+        results = []
+        with _progress() as progress:
+            progress.start("", 0)
+            for name in shape or ["llava-1.5-7b", "qwen2-1.5b"]:
+                result = bench_cache.run_cache_bench(
+                    name,
+                    _numbers(prompt) or [2048, 16384],
+                    dtype or ["float32", "bfloat16"],
+                    depth=depth,
+                    batch=batch,
+                    budget=budget,
+                    steps=steps,
+                    repeats=repeats,
+                    device=device,
+                    progress=lambda text: progress.start(text, 0),
+                )
+                results.append(result)
+        _show(*(bench_cache.render(result) for result in results))
+        if out:
+            out.write_text(json.dumps([result.facts() for result in results], indent=2) + "\n")
+            _show(f"wrote {out}")
+
+
 @app.command()
 def methods() -> None:
     """What `--method` can be."""

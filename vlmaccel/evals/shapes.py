@@ -154,6 +154,10 @@ SHAPES: dict[str, Shape] = {
         ("mistral", _decoder(4096, 14336, 32, 32, 8, 32768, theta=1e6, sliding_window=None)),
     ),
     "qwen2-0.5b": Shape("text, Qwen2-0.5B", ("qwen2", _decoder(vocab=151936, **_QWEN2_05B))),
+    "qwen2-1.5b": Shape(
+        "text, Qwen2-1.5B, the decoder of Qwen2-VL-2B",
+        ("qwen2", _decoder(1536, 8960, 28, 12, 2, 151936, theta=1e6, tie_word_embeddings=True)),
+    ),
     "qwen2-7b": Shape("text, Qwen2-7B", ("qwen2", _decoder(3584, 18944, 28, 28, 4, 152064, theta=1e6))),
     "tinyllama-1.1b": Shape("text, TinyLlama-1.1B", ("llama", _decoder(2048, 5632, 22, 32, 4, 32000))),
     "tiny-llava": Shape(
