@@ -137,6 +137,36 @@ def vqa(
         _show(table(result, result.loyalty(others) if others else None))
 
 
+@evals.command("cache")
+def eval_cache(
+    model: Annotated[str, typer.Option(help="Local directory; tiny-llava: the shipped model.")] = "tiny-llava",
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="NAME or NAME:key=value,... of a method with a budget; several times."),
+    ] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="Several times; default 0.01 to 0.5.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="About collages.")] = 500,
+    dtype: Annotated[str, typer.Option()] = "float32",
+    seed: Annotated[int, typer.Option(help="Of the collages.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """Methods on the KV cache at several budgets: accuracy, loyalty, bytes."""
+    with user_errors():
+        from vlmaccel.evals import cache_sweep
+        from vlmaccel.evals.demo import CHECKPOINT
+
+        methods = [parse_method(text) for text in method or ()] or cache_sweep.default_methods()
+        path = str(CHECKPOINT) if model == "tiny-llava" else model
+        with _progress() as progress:
+            sweep = cache_sweep.run_sweep(
+                progress, path, methods, budget or cache_sweep.BUDGETS, questions, dtype, seed
+            )
+        _show(cache_sweep.render(sweep))
+        if out:
+            out.write_text(json.dumps(sweep.facts(), indent=2) + "\n")
+            _show(f"wrote {out}")
+
+
 @evals.command()
 def text(
     model: Annotated[

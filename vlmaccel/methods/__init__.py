@@ -10,8 +10,10 @@ from vlmaccel.hooks import Method
 from vlmaccel.methods.adakv import AdaKV
 from vlmaccel.methods.attention_sum import AttentionSum
 from vlmaccel.methods.baselines import Random, Uniform
+from vlmaccel.methods.entropy import EntropyEviction
 from vlmaccel.methods.fastv import FastV
 from vlmaccel.methods.h2o import H2O
+from vlmaccel.methods.hessian import HessianEviction
 from vlmaccel.methods.look_m import LookM
 from vlmaccel.methods.low_rank import LowRankKV
 from vlmaccel.methods.magnitude import Magnitude
@@ -21,7 +23,9 @@ from vlmaccel.methods.pool import Pool
 from vlmaccel.methods.pyramiddrop import PyramidDrop
 from vlmaccel.methods.pyramidkv import PyramidKV
 from vlmaccel.methods.quest import Quest
+from vlmaccel.methods.random_eviction import RandomEviction
 from vlmaccel.methods.selection import Selection, SingleStage
+from vlmaccel.methods.sensitivity import Sensitivity
 from vlmaccel.methods.snapkv import SnapKV
 from vlmaccel.methods.streaming_llm import StreamingLLM
 from vlmaccel.methods.tome import ToMe
@@ -39,6 +43,7 @@ BUILTIN: tuple[type[Method], ...] = (
     Random,
     Uniform,
     Pool,
+    RandomEviction,
     StreamingLLM,
     H2O,
     SnapKV,
@@ -46,6 +51,9 @@ BUILTIN: tuple[type[Method], ...] = (
     AdaKV,
     VLCache,
     LookM,
+    Sensitivity,
+    HessianEviction,
+    EntropyEviction,
     MixedPrecisionKV,
     LowRankKV,
     Quest,
@@ -79,7 +87,9 @@ __all__ = [
     "H2O",
     "AdaKV",
     "AttentionSum",
+    "EntropyEviction",
     "FastV",
+    "HessianEviction",
     "LookM",
     "LowRankKV",
     "Magnitude",
@@ -91,7 +101,9 @@ __all__ = [
     "PyramidKV",
     "Quest",
     "Random",
+    "RandomEviction",
     "Selection",
+    "Sensitivity",
     "SingleStage",
     "SnapKV",
     "StreamingLLM",

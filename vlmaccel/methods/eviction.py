@@ -122,13 +122,13 @@ def check_finite(method: Method, at: CacheEntries, score: Tensor) -> None:
 def first_and_last(at: CacheEntries, first: int, last: int | Tensor) -> Tensor:
     """(B, G, m) bool, the first entries of the prompt and its last ones; last: a number, or (B,) one for each sample."""
     prompt, index = at.prompt, at.slots.index
-    before = _first(at) + first
+    before = first_position(at) + first
     after = index.masked_fill(~prompt, -1).amax(2, keepdim=True)
     after = after - (last if isinstance(last, int) else last.to(index.device)[:, None, None])
     return prompt & ((index < before) | (index > after))
 
 
-def _first(at: CacheEntries) -> Tensor:
+def first_position(at: CacheEntries) -> Tensor:
     """(B, G, 1) logical index of the first token that is no padding."""
     index, padding = at.slots.index, at.run.padding
     if padding is None:

@@ -46,12 +46,13 @@ class Sensitivity(Observed):
     beta: weight of the hop, default 0.25; 0 switches it off. coupling: "attention" (default): beta_m is `beta` times the share of
         the text rows' attention that goes to entries of modality m; "uniform": `beta` itself.
     readers: text rows of the hop, the last ones of the prompt, at most this many; default 256.
-    rows, window, pool, pooling, group: see `Observed`. budget, sinks, recent: see `Eviction`.
+    pool: default 1, no pooling: the score is each entry's own. rows, window, pooling, group: see `Observed`. budget, sinks, recent: see `Eviction`.
     """
 
     name = "sensitivity"
     two_phase = True
 
+    pool: int = 1
     beta: float = 0.25
     coupling: Coupling = "attention"
     readers: int = 256
