@@ -15,7 +15,19 @@ from vlmaccel.evals.demo import CORE, Progress, ask, encode, subset
 from vlmaccel.evals.timing import machine
 from vlmaccel.evals.vqa import VQAResult, load
 from vlmaccel.hooks import Method
-from vlmaccel.methods import H2O, AdaKV, LookM, PyramidKV, RandomEviction, SnapKV, StreamingLLM, VLCache
+from vlmaccel.methods import (
+    H2O,
+    AdaKV,
+    EntropyEviction,
+    HessianEviction,
+    LookM,
+    PyramidKV,
+    RandomEviction,
+    Sensitivity,
+    SnapKV,
+    StreamingLLM,
+    VLCache,
+)
 
 BUDGETS = (0.01, 0.05, 0.1, 0.2, 0.5)
 WINDOW = 8  # a question of the shipped model's tasks has few tokens
@@ -32,6 +44,9 @@ def default_methods() -> tuple[Method, ...]:
         AdaKV(window=WINDOW),
         VLCache(),
         LookM(),
+        Sensitivity(window=WINDOW),
+        HessianEviction(window=WINDOW),
+        EntropyEviction(window=WINDOW),
     )
 
 
