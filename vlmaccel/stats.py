@@ -59,6 +59,8 @@ class Stats:
         input. nominal_visual_tokens: visual tokens before any reduction.
     kv_bytes_by_layer: what the KV cache holds after the prefill in every layer: all tensors, bookkeeping included; kv_bytes
         is their sum. kv_bytes_full: of an unpatched cache. kv_bytes_peak: the most that it held during the prefill.
+    kv_bytes_transient: of the largest copy of a layer's entries that each decode step makes beside that (layers in few
+        bits are read in full precision; an unpatched cache is copied to be appended to, which is not counted).
     flops, flops_full: of the decoder, whole batch, by `vlmaccel.flops.decoder_flops`, with the kept and with all tokens.
     stages: which tokens were left from which layer on. token_map: what every token of the prompt is.
     tower: of the vision tower, None if nothing merges there or no picture has been seen.
@@ -73,6 +75,7 @@ class Stats:
     kv_bytes_by_layer: list[int]
     kv_bytes_full: int
     kv_bytes_peak: int
+    kv_bytes_transient: int
     flops: float
     flops_full: float
     stages: tuple[Stage, ...]
@@ -101,7 +104,7 @@ class Stats:
             f"tokens left: {stages or 'all'}\n"
             f"visual tokens: {self.mean_visual_tokens:.1f} of {self.nominal_visual_tokens:.1f} (mean over layers)\n"
             f"decoder prefill FLOPs: {self.flops_ratio:.1%} of {self.flops_full:.3g} (4nd^2 + 2n^2d + 3ndm a layer)\n"
-            f"KV cache after prefill: {self.kv_bytes:,} of {self.kv_bytes_full:,} bytes"
+            f"KV cache after prefill: {self.kv_bytes:,} of {self.kv_bytes_full:,} bytes, at most {self.kv_bytes_peak:,}"
             + ("" if self.tower is None else f"\nvision tower: {self.tower}")
         )
 
@@ -159,6 +162,7 @@ def _decoder_stats(patch: Patch, decoder: DecoderHooks, done: Finished) -> Stats
         kv_bytes_by_layer=list(done.kv_bytes),
         kv_bytes_full=sum(done.kv_bytes_full),
         kv_bytes_peak=done.kv_bytes_peak,
+        kv_bytes_transient=done.transient,
         flops=sum(decoder_flops(sample, d, m, gated) for sample in per_sample),
         flops_full=sum(decoder_flops([n] * depth, d, m, gated) for n in whole),
         stages=done.stages,

@@ -37,7 +37,7 @@ class Local(threading.local):
 @dataclass(frozen=True, eq=False)
 class Finished:
     """What the last prefill did. kv_bytes, kv_bytes_full: of the cache after it, layer by layer, and of an unpatched one.
-    kv_bytes_peak: the most that was held at a time."""
+    kv_bytes_peak: the most that was held at a time. transient: the largest copy of a layer that a decode step makes."""
 
     tokens: TokenMap
     stages: tuple[Stage, ...]
@@ -45,6 +45,7 @@ class Finished:
     kv_bytes: tuple[int, ...]
     kv_bytes_full: tuple[int, ...]
     kv_bytes_peak: int
+    transient: int
 
 
 class DecoderHooks:
@@ -150,8 +151,8 @@ class DecoderHooks:
             return True
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         warnings.warn(
-            f"this KV cache ({', '.join(kinds)}) cannot hold fewer tokens than the sequence has: nothing is dropped. "
-            "Use the default dynamic cache to drop tokens",
+            f"this KV cache ({', '.join(kinds)}{', offloaded' if getattr(cache, 'offloading', False) else ''}) cannot hold fewer "
+            "tokens than the sequence has: nothing is dropped. Use the default dynamic cache, not offloaded, to drop tokens",
             stacklevel=2,
         )
         return False
@@ -301,7 +302,9 @@ class DecoderHooks:
         cache = cache_of(output)
         held, full = ((), ()) if cache is None else kv_bytes_by_layer(cache)
         peak = max(sum(held), 0 if entries is None else entries.peak)
-        self.last = Finished(run.tokens, tuple(run.stages), run.past, held, full, peak)
+        layers = [] if cache is None else cache.layers
+        transient = max((layer.transient for layer in layers if isinstance(layer, PrunedLayer)), default=0)
+        self.last = Finished(run.tokens, tuple(run.stages), run.past, held, full, peak, transient)
 
 
 class Later:

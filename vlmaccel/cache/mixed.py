@@ -38,7 +38,7 @@ class MixedLayer(PrunedLayer):
         self.positions: Tensor | None = None
         self.stores: dict[int, Store] = {}
         self._attending = False
-        self._wait = 0  # so many decode steps nothing can be due
+        self._due = 0  # length of the sequence at which something may be due
 
     @classmethod
     def of(cls, layer: PrunedLayer, padding: Tensor | None, **options) -> MixedLayer:
@@ -157,12 +157,12 @@ class MixedLayer(PrunedLayer):
         groups = max(old.shape[1], bits.shape[1])
         old, bits = (x.expand(-1, groups, -1) for x in (old, bits))
         self.notes[TARGET] = torch.where(bits > 0, bits, old)
-        self._wait = 0
+        self._due = 0
 
-    def settle(self, decoding: bool = False) -> None:
-        """Quantise what is due. decoding: a token has come in since the last call."""
-        if decoding and self._wait > 0:
-            self._wait -= 1
+    def settle(self, open_: int = 0) -> None:
+        """Quantise what is due. open_: so many newest tokens may be taken back yet."""
+        length = self.cumulative_length - open_
+        if length < self._due:
             return
         slots = self.exact_slots
         named = self.notes.get(TARGET, torch.zeros_like(slots.index, dtype=torch.int8))
@@ -170,18 +170,19 @@ class MixedLayer(PrunedLayer):
         target = target.masked_fill(target == 0, self.default)
         groups = max(target.shape[1], slots.index.shape[1])
         real, target = (slots.sizes > 0).expand(-1, groups, -1), target.expand(-1, groups, -1)
-        old = real & (real.flip(2).cumsum(2).flip(2) > self.residual)
-        left, self._wait = real, self.group
+        old = real & (real.flip(2).cumsum(2).flip(2) > self.residual + open_)
+        left, wait = real, self.group
         for bits in (2, 4, 8):
             due = old & (target == bits)
             count = due.sum(2)
             whole = count // self.group * self.group
             if bits == self.default or bool((target == bits).any()):
-                self._wait = min(self._wait, int((self.group - count + whole).min()) - 1)
+                wait = min(wait, int((self.group - count + whole).min()))
             if int(whole.max()):
                 moved = due & (due.cumsum(2) <= whole[..., None])
                 self._quantise(bits, moved, slots)
                 left = left & ~moved
+        self._due = length + wait
         if left is not real or int(left.sum(2).max()) < self._exact:
             self._keep_exact(left, slots)
 
@@ -259,7 +260,7 @@ class MixedLayer(PrunedLayer):
                 f"cannot take back {-tokens_to_remove} tokens: some are in few bits already; use a larger residual window"
             )
         self._keep_first(n, self.exact_slots)
-        self.cumulative_length, self._wait = length, 0
+        self.cumulative_length, self._due = length, 0
         self.positions = None if self.positions is None else self.positions[:, :, :length]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -276,7 +277,7 @@ class MixedLayer(PrunedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.stores, self.positions, self._wait = {}, None, 0
+        self.stores, self.positions, self._due = {}, None, 0
 
     @property
     def nbytes(self) -> int:

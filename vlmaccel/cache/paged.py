@@ -201,6 +201,14 @@ class PagedLayer(PrunedLayer):
         """Whether entries are fewer than tokens seen, or not all are read."""
         return super().reduced or self._skips
 
+    @property
+    def transient(self) -> int:
+        """Bytes of the pages that `attend` gathers; with group "union" those of one query head, of which it may read more."""
+        if not self._skips:
+            return 0
+        per_entry = (self.keys.nbytes + self.values.nbytes) // self.held
+        return self._wanted(self.held - self._lowest) * self.page * per_entry
+
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """Attention (B, H, 1, head_dim) of the newest token over the entries chosen for it."""
         if not self._skips:

@@ -263,6 +263,11 @@ class PrunedLayer(DynamicLayer):
         self._map(lambda x: x[indices, ...])
 
     @property
+    def transient(self) -> int:
+        """Bytes of the copy of entries that `attend` makes at every decode step, beside what is held: none here."""
+        return 0
+
+    @property
     def nbytes(self) -> int:
         """Bytes held: keys, values, space for more, notes, and what tells which tokens they are."""
         slots = self.slots

@@ -126,8 +126,8 @@ class MixedPrecisionKV(Method):
             layer.name(self._bits(at, layer))
             layer.notes.pop(NOTE, None)
             layer.settle()
-        elif at.run.length == 1:
-            layer.settle(decoding=True)
+        else:
+            layer.settle(open_=at.run.length - 1)
         return None
 
     def _bits(self, at: CacheEntries, layer: MixedLayer) -> Tensor:
