@@ -25,7 +25,20 @@ def run(*args):
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["demo"], ["eval"], ["eval", "vqa"], ["eval", "cache"], ["eval", "text"], ["bench"], ["bench", "cache"], ["visualize"], ["methods"], ["adapters"]]
+    "args",
+    [
+        [],
+        ["demo"],
+        ["eval"],
+        ["eval", "vqa"],
+        ["eval", "cache"],
+        ["eval", "text"],
+        ["bench"],
+        ["bench", "cache"],
+        ["visualize"],
+        ["methods"],
+        ["adapters"],
+    ],
 )
 def test_help(args):
     ran = run(*args, "--help")

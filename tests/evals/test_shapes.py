@@ -17,6 +17,7 @@ PARAMETERS = {
     "llama-3-8b": 8030,
     "mistral-7b": 7248,
     "qwen2-0.5b": 494,
+    "qwen2-1.5b": 1544,
     "qwen2-7b": 7616,
     "tinyllama-1.1b": 1100,
 }

@@ -6,6 +6,7 @@ It takes only the weights and the configuration of a model: no attention, rotary
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 Schedule = dict[int, list[int]]
+Evicted = Mapping[int, Tensor | Sequence[Tensor]]
 Positions = Literal["keep", "renumber"]
 
 
@@ -32,6 +34,12 @@ class Trace:
     positions: list[Tensor]
     kept: list[Tensor]
     kept_positions: list[Tensor]
+
+
+def evictions(evicted: Evicted | None, k: int) -> Sequence[Tensor]:
+    """Those of layer k, one after the other."""
+    found = () if evicted is None else evicted.get(k, ())
+    return (found,) if isinstance(found, Tensor) else found
 
 
 class Reference:
@@ -72,6 +80,7 @@ class Reference:
         schedule: Schedule | None = None,
         positions: Positions | dict[int, Positions] = "keep",
         prompt: int | None = None,
+        evicted: Evicted | None = None,
     ) -> Trace:
         """One forward over a sample, prompt and answer together.
 
@@ -79,6 +88,8 @@ class Reference:
         ones keep}. prompt: its length; everything after it is generated and always kept; None = all of it is prompt.
         positions: "keep" leaves every token its original number, "renumber" counts the survivors from 0 at each drop
         (so what is generated later continues that layer's own count); or one of them for each layer of the schedule.
+        evicted: {layer: (H_kv, p) bool, which of the first p tokens each KV head keeps}: the rows behind those p tokens do
+        not see the others; the first p rows see everything. Several of them for several evictions in a row.
         """
         length = len(embeds)
         prompt = length if prompt is None else prompt
@@ -98,13 +109,19 @@ class Reference:
                     where = torch.arange(len(rows))
             trace["kept"].append(rows)
             trace["kept_positions"].append(where)
-            hidden = self._layer(k, weights, hidden, rows, where)
+            hidden = self._layer(k, weights, hidden, rows, where, evictions(evicted, k))
         logits = self._norm(hidden, self.text.norm.weight.double()) @ self.head.T
         return Trace(rows, logits, **trace)
 
-    @torch.no_grad()
     def attention(self, trace: Trace, k: int, before_drop: bool = True) -> Tensor:
-        """Softmax attention of layer k, averaged over heads: (n, n) float64, row = query, zero above the diagonal.
+        """`attention_by_head`, averaged over heads: (n, n) float64."""
+        return self.attention_by_head(trace, k, before_drop).mean(0)
+
+    @torch.no_grad()
+    def attention_by_head(
+        self, trace: Trace, k: int, before_drop: bool = True, evicted: Evicted | None = None
+    ) -> Tensor:
+        """Softmax attention of layer k: (H, n, n) float64, row = query, zero above the diagonal and where evicted.
 
         before_drop: on everything the layer received, as PyramidDrop ranks with layer k's own queries and keys;
         else on what the layer really ran on, as FastV reads layer K - 1. The columns are `trace.rows[k]` or
@@ -116,11 +133,19 @@ class Reference:
             hidden, rows, where = hidden[stays], trace.kept[k], trace.kept_positions[k]
         weights = self.layers[k]
         normed = self._norm(hidden, weights["input_layernorm.weight"])
-        return self._weights(k, weights, normed, rows, where).mean(0)
+        return self._weights(k, weights, normed, rows, where, evictions(evicted, k))
 
-    def _layer(self, k: int, weights: dict[str, Tensor], hidden: Tensor, rows: Tensor, where: Tensor) -> Tensor:
+    def _layer(
+        self,
+        k: int,
+        weights: dict[str, Tensor],
+        hidden: Tensor,
+        rows: Tensor,
+        where: Tensor,
+        evicted: Sequence[Tensor],
+    ) -> Tensor:
         normed = self._norm(hidden, weights["input_layernorm.weight"])
-        attention = self._weights(k, weights, normed, rows, where)
+        attention = self._weights(k, weights, normed, rows, where, evicted)
         value = self._heads(self._linear(weights, "self_attn.v_proj", normed), self.kv_heads)
         mixed = attention @ self._repeat(value)
         hidden = hidden + self._linear(weights, "self_attn.o_proj", mixed.transpose(0, 1).flatten(1))
@@ -129,7 +154,15 @@ class Reference:
         gated = gate * torch.sigmoid(gate) * self._linear(weights, "mlp.up_proj", normed)
         return hidden + self._linear(weights, "mlp.down_proj", gated)
 
-    def _weights(self, k: int, weights: dict[str, Tensor], normed: Tensor, rows: Tensor, where: Tensor) -> Tensor:
+    def _weights(
+        self,
+        k: int,
+        weights: dict[str, Tensor],
+        normed: Tensor,
+        rows: Tensor,
+        where: Tensor,
+        evicted: Sequence[Tensor],
+    ) -> Tensor:
         query = self._heads(self._linear(weights, "self_attn.q_proj", normed), self.heads)
         key = self._heads(self._linear(weights, "self_attn.k_proj", normed), self.kv_heads)
         if "self_attn.q_norm.weight" in weights:
@@ -141,6 +174,10 @@ class Reference:
         window = self._window(k)
         if window is not None:
             sees = sees & (distance < window)
+        for kept in evicted:
+            whole = torch.cat([kept, kept.new_ones(self.kv_heads, int(rows.max()) + 1)], 1)[:, rows]
+            stays = whole.repeat_interleave(self.heads // self.kv_heads, 0)
+            sees = sees & (stays[:, None] | (rows < kept.shape[1])[:, None])
         scores = query @ key.transpose(1, 2) / self.head_dim**0.5
         return torch.where(sees, scores, -torch.inf).softmax(-1)
 

@@ -18,7 +18,7 @@ from vlmaccel.adapters.decode import DecodeAttention
 from vlmaccel.adapters.entries import Entries
 from vlmaccel.adapters.scores import CacheScores, LayerScores
 from vlmaccel.adapters.view import View, apply_view, layer_view, renumbered
-from vlmaccel.cache import PrunedLayer, kv_bytes_by_layer, prunable, pruned_layer
+from vlmaccel.cache import PrunedLayer, PrunedSlidingLayer, kv_bytes_by_layer, prunable, pruned_layer
 from vlmaccel.hooks import Attention, CacheEntries, DecoderLayer, Method, VisualTokens, check_fits
 from vlmaccel.reduction import Reduction
 from vlmaccel.run import Run, Stage, TokenMap, padding_of
@@ -171,6 +171,8 @@ class DecoderHooks:
         keeps = run.reduction is not None or (run.may_reduce and i in self._at["cache_layers"])
         if keeps and cache is not None:
             held = pruned_layer(cache, i)
+        if isinstance(held, PrunedSlidingLayer):
+            held.waits = i in self._at["cache_layers"]  # for the methods to see all that its tokens saw
         if isinstance(held, PrunedLayer) and self._attends(run, held):
             held.announce_attend(run.padding)
             self._local.attending = DecodeAttention(held)
@@ -276,6 +278,8 @@ class DecoderHooks:
             self._local.entries = Entries(self._at["cache_layers"])
         with torch.no_grad():
             self._local.entries.layer(CacheEntries(run, i, self.depth, held, decoding, scores), cache)
+            if isinstance(held, PrunedSlidingLayer):
+                held.trim()
 
     @torch.compiler.disable
     def _on_norm(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -11,13 +11,12 @@ from torch.nn.functional import pad
 
 from vlmaccel.cache.key_bias import KeyBias
 from vlmaccel.cache.pruned import PrunedLayer
-from vlmaccel.cache.slots import Slots
-from vlmaccel.cache.store import Store
+from vlmaccel.cache.slots import Slots, extend
+from vlmaccel.cache.store import Store, take_note
 from vlmaccel.kernels.decode_attention import decode_attention
 from vlmaccel.kernels.quantize_pack import scale_dtype
 from vlmaccel.reduction import Reduction
 
-TARGET = "bits"  # the note of the bits that an entry in full precision is to have one day; 0: not decided
 FULL = 16
 
 
@@ -38,6 +37,8 @@ class MixedLayer(PrunedLayer):
         self.positions: Tensor | None = None
         self.stores: dict[int, Store] = {}
         self._attending = False
+        # (B, G, e) int8, bits that entries in full precision are to have; 0: not decided
+        self._target: Tensor | None = None
         self._due = 0  # length of the sequence at which something may be due
 
     @classmethod
@@ -64,17 +65,15 @@ class MixedLayer(PrunedLayer):
     @property
     def exact_slots(self) -> Slots:
         """What the entries in full precision stand for."""
-        assert self._slots is not None
-        tail = self._exact - self._slots.index.shape[2]
-        if tail:
-            start = self.cumulative_length - tail
-            new = torch.arange(start, start + tail, device=self.keys.device).expand(self.keys.shape[0], 1, -1)
-            self._slots = self._slots.append(Slots(new)).compact()
+        tail = self._exact - (0 if self._slots is None else self._slots.index.shape[2])
+        if tail or self._slots is None:
+            start, batch = self.cumulative_length - tail, self.keys.shape[0]
+            self._slots = extend(self._slots, start, tail, batch, self.keys.device).compact()
         return self._slots
 
     @property
     def slots(self) -> Slots | None:
-        if self._slots is None:
+        if not self.held:
             return None
         parts = [store.slots for store in self._in_order()] + [self.exact_slots]
         whole = parts[0]
@@ -144,20 +143,18 @@ class MixedLayer(PrunedLayer):
 
     def undecided(self) -> Tensor:
         """(B, G, e) bool, entries in full precision for which no bits have been named."""
-        slots = self.exact_slots
-        named = self.notes.get(TARGET)
-        if named is None:
-            return slots.sizes > 0
-        return (slots.sizes > 0) & (pad(named, (0, self._exact - named.shape[2])) == 0)
+        return (self.exact_slots.sizes > 0) & (self._targets() == 0)
 
     def name(self, bits: Tensor) -> None:
         """Say how many bits, 2, 4, 8 or 16, entries in full precision are to have: (B, G, e) int8, 0 leaves what was said."""
-        old = self.notes.get(TARGET)
-        old = torch.zeros_like(bits) if old is None else pad(old, (0, bits.shape[2] - old.shape[2]))
+        old = self._targets()
         groups = max(old.shape[1], bits.shape[1])
         old, bits = (x.expand(-1, groups, -1) for x in (old, bits))
-        self.notes[TARGET] = torch.where(bits > 0, bits, old)
-        self._due = 0
+        self._target, self._due = torch.where(bits > 0, bits, old), 0
+
+    def _targets(self) -> Tensor:
+        """(B, G, e) int8, what has been named."""
+        return self._targets_of(self._exact)
 
     def settle(self, open_: int = 0) -> None:
         """Quantise what is due. open_: so many newest tokens may be taken back yet."""
@@ -165,13 +162,13 @@ class MixedLayer(PrunedLayer):
         if length < self._due:
             return
         slots = self.exact_slots
-        named = self.notes.get(TARGET, torch.zeros_like(slots.index, dtype=torch.int8))
-        target = pad(named, (0, self._exact - named.shape[2]))
+        target = self._targets()
         target = target.masked_fill(target == 0, self.default)
         groups = max(target.shape[1], slots.index.shape[1])
         real, target = (slots.sizes > 0).expand(-1, groups, -1), target.expand(-1, groups, -1)
         old = real & (real.flip(2).cumsum(2).flip(2) > self.residual + open_)
         left, wait = real, self.group
+        self._part_notes()
         for bits in (2, 4, 8):
             due = old & (target == bits)
             count = due.sum(2)
@@ -185,6 +182,7 @@ class MixedLayer(PrunedLayer):
         self._due = length + wait
         if left is not real or int(left.sum(2).max()) < self._exact:
             self._keep_exact(left, slots)
+        self._join_notes()
 
     def _quantise(self, bits: int, moved: Tensor, slots: Slots) -> None:
         """Put the entries `moved` (B, G, e) bool into the store of `bits` bits."""
@@ -198,6 +196,7 @@ class MixedLayer(PrunedLayer):
         # a filler must not widen the range of a group; groups are whole, so that it is alone with others
         dtype = scale_dtype(torch.cat([keys.flatten(), values.flatten().to(keys.dtype)]))
         new = Store.make(bits, self.group, keys, values, chosen, dtype)
+        new.notes = {name: take_note(x, keep) for name, x in self.notes.items()}
         if bits in self.stores:
             self.stores[bits].append(new)
         else:
@@ -211,18 +210,43 @@ class MixedLayer(PrunedLayer):
         kept = slots.take(keep)
         self._slots = kept if bool(real.all()) else replace(kept, size=kept.sizes * real).compact()
         self.keys, self.values, self._room = _take(self.keys, keep), _take(self.values, keep), None
-        for name, x in self.notes.items():
-            x = pad(x, (0, left.shape[2] - x.shape[2]))
-            self.notes[name] = x.expand(-1, keep.shape[1], -1).gather(2, keep)
+        self._target = take_note(self._targets_of(left.shape[2]), keep)
+        self.notes = {name: take_note(x, keep) for name, x in self.notes.items()}
+
+    def _targets_of(self, n: int) -> Tensor:
+        known = self._target
+        if known is None:
+            return torch.zeros(self.keys.shape[0], 1, n, dtype=torch.int8, device=self.keys.device)
+        return pad(known, (0, n - known.shape[2]))
+
+    def _part_notes(self) -> None:
+        """Give every store its part of the notes; `notes` are those of entries in full precision from here on."""
+        whole, start, self.notes = {name: pad(x, (0, self.held - x.shape[2])) for name, x in self.notes.items()}, 0, {}
+        for store in self._in_order():
+            stop = start + store.slots.index.shape[2]
+            store.notes, start = {name: x[..., start:stop] for name, x in whole.items()}, stop
+        self.notes = {name: x[..., start:] for name, x in whole.items()}
+
+    def _join_notes(self) -> None:
+        """Put the notes of all parts together again."""
+        for name, own in self.notes.items():
+            parts = [*(store.notes[name] for store in self._in_order()), own]
+            groups = max(part.shape[1] for part in parts)
+            self.notes[name] = torch.cat([part.expand(-1, groups, -1) for part in parts], 2)
+        for store in self.stores.values():
+            store.notes = {}
 
     def reduce(self, reduction: Reduction, prop_attn: bool = False) -> None:
         """Evict entries. One in few bits is hidden; its memory is free when all of its group are gone."""
+        assert self.slots is not None
+        if reduction.keep.shape[0] == self.keys.shape[0]:
+            reduction = reduction.repeat(self.slots.index.shape[1])
         if reduction.merges or bool((reduction.total(self._flat_sizes(reduction)) > self._kept_sizes(reduction)).any()):
             raise NotImplementedError(
                 "entries in few bits cannot be merged; put the method that merges before the one that quantises"
             )
-        batch, slots = self.keys.shape[0], self.slots
-        assert slots is not None
+        batch = self.keys.shape[0]
+        self._part_notes()
         wanted = (reduction.group >= 0).unflatten(0, (batch, -1))
         start = 0
         for bits in sorted(self.stores):
@@ -231,13 +255,15 @@ class MixedLayer(PrunedLayer):
             here, start = wanted[:, :, start:stop], stop
             both = max(here.shape[1], store.slots.index.shape[1])
             size = store.slots.sizes.expand(-1, both, -1) * here
-            wider = store.slots.take(torch.arange(size.shape[2], device=size.device).expand(batch, both, -1))
+            every = torch.arange(size.shape[2], device=size.device).expand(batch, both, -1)
+            wider = store.slots.take(every)
             store.slots = replace(wider, size=size).compact()
             store.compact()
         self.stores = {bits: store for bits, store in self.stores.items() if store.slots.index.shape[2]}
         exact = self.exact_slots
         both = max(wanted.shape[1], exact.index.shape[1])
         self._keep_exact((wanted[:, :, start:] & (exact.sizes > 0)).expand(-1, both, -1), exact)
+        self._join_notes()
 
     def _flat_sizes(self, reduction: Reduction) -> Tensor:
         assert self.slots is not None
@@ -259,16 +285,20 @@ class MixedLayer(PrunedLayer):
             raise ValueError(
                 f"cannot take back {-tokens_to_remove} tokens: some are in few bits already; use a larger residual window"
             )
+        self._part_notes()
         self._keep_first(n, self.exact_slots)
+        self._join_notes()
+        self._target = None if self._target is None else self._target[..., :n]
         self.cumulative_length, self._due = length, 0
         self.positions = None if self.positions is None else self.positions[:, :, :length]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self._slots is None:
+        if not self.held:
             return
         self.keys, self.values = change(self.keys), change(self.values)
         self._slots, self._room = self.exact_slots.map(change), None
         self.notes = {name: change(x) for name, x in self.notes.items()}
+        self._target = None if self._target is None else change(self._target)
         self.padding = None if self.padding is None else change(self.padding)
         if self.positions is not None:
             self.positions = change(self.positions.transpose(0, 1)).transpose(0, 1)
@@ -277,14 +307,14 @@ class MixedLayer(PrunedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.stores, self.positions, self._due = {}, None, 0
+        self.stores, self.positions, self._target, self._due = {}, None, None, 0
 
     @property
     def nbytes(self) -> int:
-        if self._slots is None:
+        if not self.held:
             return 0
         entries = self.keys.nbytes + self.values.nbytes if self._room is None else self._room.nbytes
-        known = 0 if self.positions is None else self.positions.nbytes
+        known = sum(x.nbytes for x in (self.positions, self._target) if x is not None)
         rest = sum(x.nbytes for x in self.notes.values()) + sum(store.nbytes for store in self.stores.values())
         return entries + self.exact_slots.nbytes + known + rest
 

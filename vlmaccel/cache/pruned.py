@@ -287,21 +287,29 @@ class PrunedSlidingLayer(PrunedLayer):
         super().__init__()
         self.sliding_window = sliding_window
         self.record_past = record_past
+        self.waits = False
 
     def activate_past_recording(self) -> None:
         """Keep what leaves the window too, so that `crop` can go back (assisted decoding)."""
         self.record_past = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append, return everything, and then forget the slots that no later token can see in any sample."""
+        """Append, return everything, and then forget the slots that no later token can see in any sample, at once or, if the
+        layer `waits`, when `trim` is called."""
         keys, values = super().update(key_states, value_states)
+        if not self.waits:
+            self.trim()
+        return keys, values
+
+    def trim(self) -> None:
+        """Forget the entries that no later token can see in any sample."""
+        keys, values = self.keys, self.values
         if keys.shape[-2] >= self.sliding_window and not self.record_past and (slots := self.slots) is not None:
             gone = int((slots.index <= self.cumulative_length - self.sliding_window).sum(-1).min())
             left = torch.arange(gone, keys.shape[-2], device=keys.device)
             self.keys, self.values, self._room = keys[..., gone:, :], values[..., gone:, :], None
             self._slots = slots.take(left.expand(keys.shape[0], 1, -1))
             self.notes = {name: x[..., gone:] for name, x in self.notes.items()}
-        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         offset = max(self.cumulative_length - self.sliding_window + 1, 0)

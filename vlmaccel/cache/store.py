@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Store:
     keys: codes (B, H_kv, N, group, head_dim * bits / 8) uint8, scale and zero (B, H_kv, N, 1, head_dim): per channel.
     values: codes alike, scale and zero (B, H_kv, N, group, head_dim / channels): per token, `channels` share a scale.
     slots: (B, G, N * group). Samples (and heads) with fewer groups are filled up with groups of size 0 at the end.
+    notes: (B, G, N * group) tensors by name, see `PrunedLayer`.
     """
 
     bits: int
@@ -26,6 +27,7 @@ class Store:
     keys: tuple[Tensor, Tensor, Tensor]
     values: tuple[Tensor, Tensor, Tensor]
     slots: Slots
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def make(cls, bits: int, group: int, keys: Tensor, values: Tensor, slots: Slots, dtype: torch.dtype) -> Store:
@@ -43,10 +45,11 @@ class Store:
     def append(self, new: Store) -> None:
         """Put `new` groups behind these, fillers last."""
         self.keys, self.values = (
-            tuple(torch.cat([a, b.to(a.dtype)], 2) for a, b in zip(mine, others, strict=True))
+            tuple(_cat(a, b) for a, b in zip(mine, others, strict=True))
             for mine, others in ((self.keys, new.keys), (self.values, new.values))
         )
         self.slots = self.slots.append(new.slots)
+        self.notes = {name: torch.cat([x, new.notes[name]], 2) for name, x in self.notes.items()}
         self.compact()
 
     def compact(self) -> None:
@@ -65,7 +68,9 @@ class Store:
 
         self.keys, self.values = (tuple(take(x) for x in part) for part in (self.keys, self.values))
         inside = torch.arange(self.group, device=order.device)
-        self.slots = self.slots.take((order[..., None] * self.group + inside).flatten(2))
+        entries = (order[..., None] * self.group + inside).flatten(2)
+        self.slots = self.slots.take(entries)
+        self.notes = {name: take_note(x, entries) for name, x in self.notes.items()}
 
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(B, H_kv, N * group, head_dim) keys and values."""
@@ -78,6 +83,7 @@ class Store:
         """Apply `change` along the batch dimension of every tensor."""
         self.keys, self.values = (tuple(map(change, part)) for part in (self.keys, self.values))
         self.slots = self.slots.map(change)
+        self.notes = {name: change(x) for name, x in self.notes.items()}
 
     @property
     def nbytes(self) -> int:
@@ -88,3 +94,16 @@ class Store:
 def channels_of(dim: int, group: int) -> int:
     """How many neighbouring channels of a value share a scale: the largest divisor of `dim` up to `group`."""
     return max(n for n in range(1, min(dim, group) + 1) if dim % n == 0)
+
+
+def take_note(x: Tensor, keep: Tensor) -> Tensor:
+    """A note (B, G or 1, m) at the entries `keep` (B, G or 1, k)."""
+    groups = max(x.shape[1], keep.shape[1])
+    return x.expand(-1, groups, -1).gather(2, keep.expand(-1, groups, -1))
+
+
+def _cat(a: Tensor, b: Tensor) -> Tensor:
+    """Codes, scales or zeros one behind the other; in float32 if some are in float16, some in bfloat16: codes were made for
+    what they are to the bit."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return torch.cat([a.to(dtype), b.to(dtype)], 2)

@@ -29,6 +29,11 @@ def check_budget(budget: Budget) -> None:
         )
 
 
+def is_whole(budget: Budget) -> bool:
+    """Whether the budget is all there is; 1 is one entry, 1.0 the whole."""
+    return isinstance(budget, float) and budget == 1.0
+
+
 def entries_of(budget: Budget, at: CacheEntries) -> Tensor:
     """(B,) int64, how many entries of each KV head may stay in a layer, the mean over layers; at least one. A ratio is of
     the tokens seen, or of a sliding window's length where there are more."""
@@ -76,6 +81,6 @@ def divide(weight: Tensor, total: Tensor, low: Tensor, high: Tensor) -> Tensor:
     share = torch.minimum(torch.maximum(weight * under[:, None], low), high)
     whole = torch.maximum((share + 1e-6).floor(), low)
     rest = (total - whole.sum(1)).round().long()
-    fraction = (share - whole).masked_fill(whole >= high, -1)
+    fraction = (share - whole).round(decimals=6).masked_fill(whole >= high, -1)  # equal ones are equal
     rank = fraction.argsort(dim=1, descending=True, stable=True).argsort(1)
     return (whole + (rank < rest[:, None])).long()

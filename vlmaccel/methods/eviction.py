@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from vlmaccel.hooks import CacheEntries, Method, Modality
-from vlmaccel.methods.budget import Budget, check_budget, entries_of
+from vlmaccel.methods.budget import Budget, check_budget, entries_of, is_whole
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.reduction import Reduction
 
@@ -56,7 +56,7 @@ class Eviction(Method):
         return first_and_last(at, self.sinks, self.recent)
 
     def cache(self, at: CacheEntries) -> Reduction | None:
-        if at.decoding or self.budget == 1.0:
+        if at.decoding or is_whole(self.budget):
             return None
         budget = self.layer_budget(at)
         budget = budget[:, None] if budget.ndim == 1 else budget
@@ -101,7 +101,7 @@ class Observed(Eviction):
 
     def score(self, at: CacheEntries) -> Tensor:
         attention = observed(at, self.rows, self.window)
-        return pooled(by_kv_head(attention, at, self.group), at.prompt, self.pool, self.pooling)
+        return pooled(by_kv_head(attention, at, self.group), at.prompt, at.slots.index, self.pool, self.pooling)
 
 
 def check_count(name: str, value: object, least: int) -> None:
@@ -120,11 +120,12 @@ def check_finite(method: Method, at: CacheEntries, score: Tensor) -> None:
 
 
 def first_and_last(at: CacheEntries, first: int, last: int | Tensor) -> Tensor:
-    """(B, G, m) bool, the first entries of the prompt and its last ones; last: a number, or (B,) one for each sample."""
+    """(B, G, m) bool, the first entries of the prompt and its last ones, of which one always is; last: a number, or (B,) one
+    for each sample."""
     prompt, index = at.prompt, at.slots.index
     before = first_position(at) + first
     after = index.masked_fill(~prompt, -1).amax(2, keepdim=True)
-    after = after - (last if isinstance(last, int) else last.to(index.device)[:, None, None])
+    after = after - (max(1, last) if isinstance(last, int) else last.to(index.device).clamp(min=1)[:, None, None])
     return prompt & ((index < before) | (index > after))
 
 
@@ -155,8 +156,8 @@ def keep_best(at: CacheEntries, score: Tensor, budget: Tensor, protected: Tensor
     score, protected, prompt, index, sizes = (
         x.expand(-1, groups, -1) for x in (score.float(), protected, prompt, slots.index, slots.sizes)
     )
-    # among the protected: the first entry, then the newest
-    first = protected & (index == index.masked_fill(~protected, torch.iinfo(index.dtype).max).amin(2, keepdim=True))
+    # among the protected: the sequence's first token, where attention sinks most, then the newest
+    first = protected & (index == first_position(at))
     worth = torch.where(protected, index.float().masked_fill(first, torch.inf), score)
     level = prompt.byte() + protected.byte()
     order = worth.argsort(dim=2, descending=True, stable=True)
@@ -235,12 +236,14 @@ def by_kv_head(scores: Tensor, at: CacheEntries, group: Heads = "mean") -> Tenso
     return grouped.mean(2) if group == "mean" else grouped.amax(2)
 
 
-def pooled(score: Tensor, real: Tensor, width: int, how: Heads = "mean") -> Tensor:
-    """Scores (B, G, m) pooled along the sequence over `width` entries, of those that are `real` (B, 1 or G, m) only."""
+def pooled(score: Tensor, real: Tensor, index: Tensor, width: int, how: Heads = "mean") -> Tensor:
+    """Scores (B, G, m) pooled along the sequence over `width` entries, of those that are `real`, in the order of their
+    `index` (B, 1 or G, m both)."""
     if width == 1:
         return score
     real = real.expand_as(score)
-    together = (~real).byte().argsort(dim=2, stable=True)  # no padding and no filler between neighbours
+    order = index.int().expand_as(score).masked_fill(~real, torch.iinfo(torch.int32).max)
+    together = order.argsort(dim=2, stable=True)  # in the sequence's order, padding and fillers last
     score, real = score.gather(2, together), real.gather(2, together)
     if how == "max":
         done = max_pool1d(score.masked_fill(~real, -torch.inf), width, 1, width // 2)

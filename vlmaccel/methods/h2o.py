@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmaccel.hooks import CacheEntries, Modality
-from vlmaccel.methods.budget import entries_of
+from vlmaccel.methods.budget import entries_of, is_whole
 from vlmaccel.methods.eviction import attention_of_all, by_kv_head, first_and_last, seen_by
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.methods.streaming import Streaming
@@ -43,7 +43,7 @@ class H2O(Streaming):
         check_choice("reduce", self.reduce, get_args(Reduce))
 
     def cache(self, at: CacheEntries) -> Reduction | None:
-        if self.budget != 1.0:
+        if not is_whole(self.budget):
             self._accumulate(at)
         return super().cache(at)
 

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlmaccel.cache import KeyBias, PrunedLayer
 from vlmaccel.cache.mixed import FULL, MixedLayer
@@ -51,7 +52,8 @@ class MixedPrecisionKV(Method):
     group: default 32, residual: so many newest tokens stay in full precision, default 128 (both as KIVI).
     sinks: first tokens that stay in full precision, default 4: their keys are far from all others.
     key_bias: take rotated `k_proj.bias` off keys before they are quantised and put it back on when they are read, in models
-        that have it (Qwen2, Qwen2.5); exact, and what makes few bits possible there. Default True.
+        that have it (Qwen2, Qwen2.5); exact. Default True. Without it a large bias widens the steps of its channels, and
+        on a per-token grid those of all (`python -m vlmaccel.evals.key_bias`).
     """
 
     name = "mixed-precision-kv"
@@ -152,7 +154,8 @@ class MixedPrecisionKV(Method):
         share = self._share()
         if share == 1 or NOTE not in layer.notes:
             return torch.full_like(among, share == 1)
-        score = layer.notes[NOTE][..., -among.shape[2] :].float()
+        start = layer.held - among.shape[2]  # entries in full precision come last
+        score = pad(layer.notes[NOTE], (0, layer.held - layer.notes[NOTE].shape[2]))[..., start:].float()
         among = among.expand_as(score)
         score = score.masked_fill(~among, -torch.inf)
         order = score.argsort(dim=2, descending=True, stable=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmaccel.hooks import CacheEntries
-from vlmaccel.methods.budget import divide, entries_of, seen
+from vlmaccel.methods.budget import divide, entries_of
 from vlmaccel.methods.eviction import Observed
 
 
@@ -35,7 +35,7 @@ class PyramidKV(Observed):
             raise ValueError(f"beta is a ratio of budgets, 1 or more, not {self.beta!r}")
 
     def layer_budget(self, at: CacheEntries) -> Tensor:
-        mean, tokens = entries_of(self.budget, at), seen(at)
+        mean, tokens = entries_of(self.budget, at), entries_of(1.0, at)
         window = torch.full_like(mean, self.window).minimum(mean)
         step = torch.linspace(2 - 1 / self.beta, 1 / self.beta, at.depth, device=mean.device, dtype=torch.double)
         weight = step.expand(len(mean), -1)

@@ -12,7 +12,7 @@ from typing import get_args
 from vlmaccel.cache import PrunedLayer, PrunedSlidingLayer
 from vlmaccel.cache.paged import Group, PagedLayer
 from vlmaccel.hooks import CacheEntries, Method
-from vlmaccel.methods.budget import Budget, check_budget
+from vlmaccel.methods.budget import Budget, check_budget, is_whole
 from vlmaccel.methods.eviction import check_count
 from vlmaccel.methods.selection import check_choice
 
@@ -57,7 +57,7 @@ class Quest(Method):
         return range(min(self.dense_layers, depth), depth)
 
     def cache_layer(self, layer: PrunedLayer, at: CacheEntries) -> PrunedLayer:
-        if at.decoding or self.budget == 1.0 or isinstance(layer, PrunedSlidingLayer):
+        if at.decoding or is_whole(self.budget) or isinstance(layer, PrunedSlidingLayer):
             return layer
         if isinstance(layer, PagedLayer):  # a later turn
             layer.build(at.run.padding)

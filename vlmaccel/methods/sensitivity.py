@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmaccel.hooks import CacheEntries, Modality
+from vlmaccel.methods.budget import is_whole
 from vlmaccel.methods.eviction import Observed, by_kv_head, check_count, observed_rows, pooled
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.reduction import Reduction
@@ -65,7 +66,7 @@ class Sensitivity(Observed):
             raise ValueError(f"beta is the weight of a sum's second part, 0 or more, not {self.beta!r}")
 
     def observe(self, at: CacheEntries) -> None:
-        if self.budget == 1.0:
+        if is_whole(self.budget):
             return
         memory = at.run.memory.setdefault(self, {})
         gram = output_gram(at)
@@ -100,7 +101,7 @@ class Sensitivity(Observed):
     def score(self, at: CacheEntries) -> Tensor:
         score: Tensor = at.run.memory[self][at.layer]
         number = at.entries.notes[NOTE].expand(-1, score.shape[1], -1)
-        return pooled(score.gather(2, number), at.prompt, self.pool, self.pooling)
+        return pooled(score.gather(2, number), at.prompt, at.slots.index, self.pool, self.pooling)
 
     def cache(self, at: CacheEntries) -> Reduction | None:
         reduction = super().cache(at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmaccel.hooks import CacheEntries
-from vlmaccel.methods.budget import seen
+from vlmaccel.methods.budget import is_whole, seen
 from vlmaccel.methods.eviction import Eviction, check_count, check_finite, keep_best
 from vlmaccel.reduction import Reduction
 
@@ -34,7 +34,7 @@ class Streaming(Eviction):
         if not at.decoding:
             return super().cache(at)
         due = seen(at) % self.every == 0  # by every sample's own count, whatever it is batched with
-        if self.budget == 1.0 or not bool(due.any()):
+        if is_whole(self.budget) or not bool(due.any()):
             return None
         score = self.score(at)
         check_finite(self, at, score)

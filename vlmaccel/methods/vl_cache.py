@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmaccel.hooks import CacheEntries
-from vlmaccel.methods.budget import divide, entries_of
+from vlmaccel.methods.budget import divide, entries_of, is_whole
 from vlmaccel.methods.eviction import Eviction, Rows, by_kv_head, first_and_last, observed_rows, per_query_head, seen_by
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.reduction import Reduction
@@ -53,7 +53,7 @@ class VLCache(Eviction):
             raise ValueError(f"threshold is a share of the largest attention, from 0 to 1, not {self.threshold!r}")
 
     def observe(self, at: CacheEntries) -> None:
-        if self.budget == 1.0:
+        if is_whole(self.budget):
             return
         assert at.scores is not None
         rows, counts = observed_rows(at, self.rows, self.window)
