@@ -54,7 +54,7 @@ def test_batch_operations_take_the_bookkeeping_along():
     assert_keys_are_their_index(layer)
 
 
-def test_crop_forgets_whole_tokens_and_refuses_a_ragged_prompt():
+def test_crop_forgets_whole_tokens_also_of_a_ragged_prompt():
     layer = filled(PrunedLayer(), [[0, 3, 4], [1, 2, 4]], 5)
     append(layer, 5, n=3)
     layer.crop(-2)
@@ -64,8 +64,14 @@ def test_crop_forgets_whole_tokens_and_refuses_a_ragged_prompt():
     assert layer.get_seq_length() == 6
     with pytest.raises(ValueError, match="negative"):
         layer.crop(1)
-    with pytest.raises(ValueError, match="different numbers"):
-        layer.crop(-3)  # to length 3: one sample has 1 slot before it, the other 2
+    layer.crop(-3)  # to length 3: one sample has 1 slot before it, the other 2
+    assert layer.get_seq_length() == 3
+    kept = [
+        index[size > 0].tolist() for index, size in zip(layer.slots.index[:, 0], layer.slots.sizes[:, 0], strict=True)
+    ]
+    assert kept == [[0], [1, 2]]
+    append(layer, 3)
+    assert_keys_are_their_index(layer)
 
 
 def test_reset_leaves_an_empty_layer():

@@ -230,13 +230,12 @@ class PrunedLayer(DynamicLayer):
         if tokens_to_remove == 0 or slots is None:
             return
         length = self.cumulative_length + tokens_to_remove
-        left = (slots.index < length).sum(-1)
-        n = int(left.max())
-        if int(left.min()) != n:
-            raise ValueError(
-                "cannot crop into the pruned prompt: its samples or heads kept different numbers of tokens"
-            )
-        self._keep_first(n, slots)
+        left = slots.index < length
+        n = int(left.sum(-1).max())
+        if int(left.sum(-1).min()) == n:
+            self._keep_first(n, slots)
+        else:  # back into a prompt of which samples or heads kept different numbers of tokens
+            self.reduce(Reduction.select((left & (slots.sizes > 0)).flatten(0, 1)))
         self.cumulative_length = length
 
     def _keep_first(self, n: int, slots: Slots) -> None:

@@ -73,7 +73,7 @@ class Observed(Eviction):
     """An eviction by the attention that entries get from a few observed rows of the prompt.
 
     rows: "last", the last `window` tokens of the prompt; or "post-vision", the text behind the last picture, at least
-        16 (where there is less, or no picture, or nothing behind it: the last `window` ones) and at most 256.
+        16 (where there is less, or no picture, or nothing behind it: the last `window` ones) and at most 128.
     window: observed rows, which also stay themselves.
     pool: width of the pooling along the sequence (odd; 1 is none), as `pooling` "mean" or "max". group: how the scores of
         the query heads of a KV head are put together, "mean" or "max".
@@ -185,7 +185,7 @@ def observed_rows(at: CacheEntries, which: Rows, window: int) -> tuple[Tensor, T
         last = torch.where(visual, place, -1).amax(1, keepdim=True)
         post = real & (place > last)
         number = post.sum(1, keepdim=True)
-        post = post & (behind <= 256)
+        post = post & (behind <= 128)
         some = real & (behind <= 16)
         post = torch.where(number >= 16, post, post | some)
         counts = torch.where((last >= 0) & (number > 0), post, counts)
