@@ -10,7 +10,18 @@ from torch import Tensor
 
 from tests.support.models import IMAGE
 from tests.support.reference import Positions, Reference, Trace
-from vlmaccel.methods import H2O, AdaKV, PyramidKV, SnapKV, StreamingLLM, VLCache
+from vlmaccel.methods import (
+    H2O,
+    AdaKV,
+    EntropyEviction,
+    HessianEviction,
+    PyramidKV,
+    RandomEviction,
+    Sensitivity,
+    SnapKV,
+    StreamingLLM,
+    VLCache,
+)
 from vlmaccel.methods.eviction import Eviction
 from vlmaccel.methods.streaming import Streaming
 
@@ -24,9 +35,14 @@ METHODS: dict[str, Eviction] = {
     "adakv": AdaKV(budget=0.4, window=2, pool=1),
     "vl-cache": VLCache(budget=0.4, threshold=0.3),
     "vl-cache-layer": VLCache(budget=0.4, threshold=0.3, granularity="layer", window=4),
+    "sensitivity": Sensitivity(budget=0.4, sinks=2, window=4),
+    "hessian": HessianEviction(budget=0.4, sinks=2, window=4),
+    "hessian-greedy": HessianEviction(budget=0.4, sinks=2, window=4, mode="greedy"),
+    "entropy": EntropyEviction(budget=0.4, window=4),
+    "random-eviction": RandomEviction(budget=0.4, sinks=2, recent=4),
 }
 UNIFORM = ("streaming-llm", "h2o", "snapkv", "snapkv-tokens")  # every layer and head has the same budget
-SCORED = tuple(name for name in METHODS if name != "streaming-llm")
+SCORED = tuple(name for name in METHODS if name not in ("streaming-llm", "random-eviction"))
 PREFILL = tuple(name for name, method in METHODS.items() if not isinstance(method, Streaming))  # evict after it only
 Kept = dict[int, Tensor]  # {layer: (H_kv, S) bool}
 
