@@ -120,12 +120,11 @@ def check_finite(method: Method, at: CacheEntries, score: Tensor) -> None:
 
 
 def first_and_last(at: CacheEntries, first: int, last: int | Tensor) -> Tensor:
-    """(B, G, m) bool, the first entries of the prompt and its last ones, of which one always is; last: a number, or (B,) one
-    for each sample."""
+    """(B, G, m) bool, the first entries of the prompt and its last ones; last: a number, or (B,) one for each sample."""
     prompt, index = at.prompt, at.slots.index
     before = first_position(at) + first
     after = index.masked_fill(~prompt, -1).amax(2, keepdim=True)
-    after = after - (max(1, last) if isinstance(last, int) else last.to(index.device).clamp(min=1)[:, None, None])
+    after = after - (last if isinstance(last, int) else last.to(index.device)[:, None, None])
     return prompt & ((index < before) | (index > after))
 
 
@@ -148,7 +147,7 @@ def system(at: CacheEntries) -> Tensor:
 def keep_best(at: CacheEntries, score: Tensor, budget: Tensor, protected: Tensor) -> Reduction | None:
     """The best `budget` (B, 1 or H_kv) entries of the prompt, and everything behind it; None if that is all.
 
-    score: (B, 1 or H_kv, m). protected: (B, 1 or H_kv, m) bool; if they are more than the budget, then the first ones
+    score: (B, 1 or H_kv, m). protected: (B, 1 or H_kv, m) bool; if they are more than the budget, then the first one
     and the newest stay. Ties go to the lowest position; padding goes first.
     """
     slots, prompt = at.slots, at.prompt
@@ -157,7 +156,8 @@ def keep_best(at: CacheEntries, score: Tensor, budget: Tensor, protected: Tensor
         x.expand(-1, groups, -1) for x in (score.float(), protected, prompt, slots.index, slots.sizes)
     )
     # among the protected: the sequence's first token, where attention sinks most, then the newest
-    first = protected & (index == first_position(at))
+    newest = prompt & (index == index.masked_fill(~prompt, -1).amax(2, keepdim=True))
+    first, protected = protected & (index == first_position(at)), protected | newest
     worth = torch.where(protected, index.float().masked_fill(first, torch.inf), score)
     level = prompt.byte() + protected.byte()
     order = worth.argsort(dim=2, descending=True, stable=True)
