@@ -183,10 +183,7 @@ class CacheEntries:
         real = (slots.sizes > 0) & (slots.index <= self.end[:, None, None])
         if self.window is not None:
             real &= slots.index > self.end[:, None, None] + 1 - self.window
-        if run.padding is None:
-            return real
-        padding = run.padding.to(real.device)[:, None].expand(-1, slots.index.shape[1], -1)
-        return real & ~padding.gather(2, slots.index.long())
+        return real if run.padding is None else real & ~slots.padded(run.padding)
 
     @property
     def modality(self) -> Tensor:

@@ -137,14 +137,13 @@ class DecoderHooks:
         past = 0 if cache is None else int(cache.get_seq_length())
         tokens = self._local.tokens or TokenMap.text(given.shape[0], given.shape[1], given.device)
         self._local.call = self._local.tokens = None
-        padding = padding_of(inputs.get("attention_mask"))
-        run = self._local.run = Run(tokens, past, padding=padding, multimodal=self.adapter.multimodal)
         mask = inputs.get("attention_mask")
+        run = self._local.run = Run(tokens, past, padding=padding_of(mask), multimodal=self.adapter.multimodal)
         run.mask_known = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         run.keeps_modality = bool(self._at["cache_layers"])
         if run.length > 1 and self._can_prune(cache):
             run.may_reduce = True
-            run.prepare(inputs.get("attention_mask"), call.get("labels"), call.get("logits_to_keep", 0))
+            run.prepare(mask, call.get("labels"), call.get("logits_to_keep", 0))
 
     def _can_prune(self, cache: Any) -> bool:
         if cache is None or prunable(cache):
@@ -267,15 +266,17 @@ class DecoderHooks:
     @torch.compiler.disable
     def _on_entries(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         run, cache = self._local.run, cache_of(kwargs)
-        if run is None or cache is None or not (run.may_reduce or (run.length == 1 and prunable(cache))):
+        if run is None or cache is None:
             return
+        if self._local.entries is None:  # once a forward, not at every layer of a decode step
+            if not (run.may_reduce or (run.length == 1 and prunable(cache))):
+                return
+            self._local.entries = Entries(self._at["cache_layers"])
         hidden = args[0] if args else kwargs["hidden_states"]
         held = pruned_layer(cache, i)
         layer = lambda: cache.layers[i]  # noqa: E731  # methods may replace it
         scores = CacheScores(module, run, hidden, kwargs["position_embeddings"], layer, self.parts.rotary)
         decoding = run.length == 1 or run.verifying
-        if self._local.entries is None:
-            self._local.entries = Entries(self._at["cache_layers"])
         with torch.no_grad():
             self._local.entries.layer(CacheEntries(run, i, self.depth, held, decoding, scores), cache)
             if isinstance(held, PrunedSlidingLayer):

@@ -109,8 +109,7 @@ class CacheScores:
         window = getattr(entries, "sliding_window", None)
         mask = causal_mask(logical, per_head(slots.index, heads), run.past, window)
         if run.padding is not None:
-            padding = run.padding.to(mask.device)[:, None].expand(-1, slots.index.shape[1], -1)
-            mask = mask & ~per_head(padding.gather(2, slots.index.long()), heads)[:, :, None]
+            mask = mask & ~per_head(slots.padded(run.padding), heads)[:, :, None]
         if slots.size is not None:
             mask = hide(mask, per_head(slots.size > 0, heads)[:, :, None])
             mask = add_size(mask, per_head(slots.size, heads), torch.float) if slots.prop_attn else mask

@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 
 from vlmaccel.cache.key_bias import KeyBias
 from vlmaccel.cache.pruned import PrunedLayer
-from vlmaccel.cache.slots import Slots, extend
-from vlmaccel.cache.store import Store, take_note
+from vlmaccel.cache.slots import Slots, extend, take
+from vlmaccel.cache.store import Store
 from vlmaccel.kernels.decode_attention import decode_attention
 from vlmaccel.kernels.quantize_pack import scale_dtype
 from vlmaccel.reduction import Reduction
@@ -47,8 +47,7 @@ class MixedLayer(PrunedLayer):
         new, slots = cls(**options), layer.slots
         assert slots is not None
         if padding is not None:
-            hidden = padding[:, None].expand(-1, slots.index.shape[1], -1).gather(2, slots.index.long())
-            slots = replace(slots, size=slots.sizes.masked_fill(hidden, 0)).compact()
+            slots = replace(slots, size=slots.sizes.masked_fill(slots.padded(padding), 0)).compact()
         new.notes, new.cumulative_length = layer.notes, layer.cumulative_length
         new.lazy_initialization(layer.keys, layer.values)
         new.keys, new.values, new._slots = layer.keys, layer.values, slots
@@ -154,7 +153,9 @@ class MixedLayer(PrunedLayer):
 
     def _targets(self) -> Tensor:
         """(B, G, e) int8, what has been named."""
-        return self._targets_of(self._exact)
+        if self._target is None:
+            return torch.zeros(self.keys.shape[0], 1, self._exact, dtype=torch.int8, device=self.keys.device)
+        return pad(self._target, (0, self._exact - self._target.shape[2]))
 
     def settle(self, open_: int = 0) -> None:
         """Quantise what is due. open_: so many newest tokens may be taken back yet."""
@@ -196,7 +197,7 @@ class MixedLayer(PrunedLayer):
         # a filler must not widen the range of a group; groups are whole, so that it is alone with others
         dtype = scale_dtype(torch.cat([keys.flatten(), values.flatten().to(keys.dtype)]))
         new = Store.make(bits, self.group, keys, values, chosen, dtype)
-        new.notes = {name: take_note(x, keep) for name, x in self.notes.items()}
+        new.notes = {name: take(x, keep) for name, x in self.notes.items()}
         if bits in self.stores:
             self.stores[bits].append(new)
         else:
@@ -209,15 +210,9 @@ class MixedLayer(PrunedLayer):
         real = left.gather(2, keep)
         kept = slots.take(keep)
         self._slots = kept if bool(real.all()) else replace(kept, size=kept.sizes * real).compact()
+        self._target = take(self._targets(), keep)
         self.keys, self.values, self._room = _take(self.keys, keep), _take(self.values, keep), None
-        self._target = take_note(self._targets_of(left.shape[2]), keep)
-        self.notes = {name: take_note(x, keep) for name, x in self.notes.items()}
-
-    def _targets_of(self, n: int) -> Tensor:
-        known = self._target
-        if known is None:
-            return torch.zeros(self.keys.shape[0], 1, n, dtype=torch.int8, device=self.keys.device)
-        return pad(known, (0, n - known.shape[2]))
+        self.notes = {name: take(x, keep) for name, x in self.notes.items()}
 
     def _part_notes(self) -> None:
         """Give every store its part of the notes; `notes` are those of entries in full precision from here on."""
@@ -238,14 +233,15 @@ class MixedLayer(PrunedLayer):
 
     def reduce(self, reduction: Reduction, prop_attn: bool = False) -> None:
         """Evict entries. One in few bits is hidden; its memory is free when all of its group are gone."""
-        assert self.slots is not None
-        if reduction.keep.shape[0] == self.keys.shape[0]:
-            reduction = reduction.repeat(self.slots.index.shape[1])
-        if reduction.merges or bool((reduction.total(self._flat_sizes(reduction)) > self._kept_sizes(reduction)).any()):
+        batch, slots = self.keys.shape[0], self.slots
+        assert slots is not None
+        if reduction.keep.shape[0] == batch:
+            reduction = reduction.repeat(slots.index.shape[1])
+        size = slots.sizes.expand(-1, reduction.keep.shape[0] // batch, -1).flatten(0, 1)
+        if reduction.merges or bool((reduction.total(size) > size.gather(1, reduction.keep)).any()):
             raise NotImplementedError(
                 "entries in few bits cannot be merged; put the method that merges before the one that quantises"
             )
-        batch = self.keys.shape[0]
         self._part_notes()
         wanted = (reduction.group >= 0).unflatten(0, (batch, -1))
         start = 0
@@ -264,14 +260,6 @@ class MixedLayer(PrunedLayer):
         both = max(wanted.shape[1], exact.index.shape[1])
         self._keep_exact((wanted[:, :, start:] & (exact.sizes > 0)).expand(-1, both, -1), exact)
         self._join_notes()
-
-    def _flat_sizes(self, reduction: Reduction) -> Tensor:
-        assert self.slots is not None
-        groups = reduction.group.shape[0] // self.keys.shape[0]
-        return self.slots.sizes.expand(-1, groups, -1).flatten(0, 1)
-
-    def _kept_sizes(self, reduction: Reduction) -> Tensor:
-        return self._flat_sizes(reduction).gather(1, reduction.keep)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:

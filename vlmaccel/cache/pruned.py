@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from vlmaccel.cache.slots import Slots, extend
+from vlmaccel.cache.slots import Slots, extend, take
 from vlmaccel.kernels.decode_attention import decode_attention
 from vlmaccel.reduction import Reduction
 
@@ -130,8 +130,7 @@ class PrunedLayer(DynamicLayer):
         bias = bias.masked_fill(sizes == 0, -torch.inf)
         if self.padding is None:
             return bias
-        hidden = self.padding.to(bias.device)[:, None].expand(-1, sizes.shape[1], -1).gather(2, slots.index.long())
-        return bias.masked_fill(hidden, -torch.inf)
+        return bias.masked_fill(slots.padded(self.padding), -torch.inf)
 
     def announce_attend(self, padding: Tensor | None) -> None:
         """`attend` will follow the next `update`. padding: (B, N) bool, of the whole sequence, or None."""
@@ -204,9 +203,8 @@ class PrunedLayer(DynamicLayer):
         kept = replace(slots.take(keep), size=None if bool((total == 1).all()) else total)
         self._slots = replace(kept, prop_attn=slots.prop_attn or prop_attn).compact()
         for name, x in self.notes.items():
-            both = max(groups, x.shape[1])
             x = torch.nn.functional.pad(x, (0, slots.index.shape[2] - x.shape[2]))  # nothing is noted of newer entries
-            self.notes[name] = x.expand(-1, both, -1).gather(2, keep.expand(-1, both, -1))
+            self.notes[name] = take(x, keep)
         self._room = None
 
     def get_seq_length(self) -> int:

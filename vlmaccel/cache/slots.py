@@ -50,12 +50,12 @@ class Slots:
 
     def take(self, keep: Tensor) -> Slots:
         """The slots at `keep` (B, G, k) int64, one list for every KV head or one for all (G = 1)."""
-        groups = max(self.index.shape[1], keep.shape[1])
-        keep = keep.expand(-1, groups, -1)
-        taken = {
-            name: x.expand(-1, groups, -1).gather(2, keep) for name, x in self._tensors().items() if name != "removed"
-        }
-        return replace(self, **taken)
+        return replace(self, **{name: take(x, keep) for name, x in self._tensors().items() if name != "removed"})
+
+    def padded(self, padding: Tensor) -> Tensor:
+        """(B, G, m) bool, the slots that are padding; padding: (B, N) bool of the whole sequence."""
+        padding = padding.to(self.index.device)[:, None].expand(-1, self.index.shape[1], -1)
+        return padding.gather(2, self.index.long())
 
     def compact(self) -> Slots:
         """The same in the integers that a cache holds them in."""
@@ -86,6 +86,12 @@ class Slots:
             for s, x in ((self, mine), (new, others))
         )
         return _cat(mine, others)
+
+
+def take(x: Tensor, keep: Tensor) -> Tensor:
+    """What is known of slots, x (B, G or 1, m), for those at `keep` (B, G or 1, k) int64."""
+    groups = max(x.shape[1], keep.shape[1])
+    return x.expand(-1, groups, -1).gather(2, keep.expand(-1, groups, -1))
 
 
 def _cat(a: Tensor, b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vlmaccel.cache.slots import Slots
+from vlmaccel.cache.slots import Slots, take
 from vlmaccel.kernels.quantize_pack import dequantize, quantize_pack
 
 
@@ -63,14 +63,14 @@ class Store:
             return
         heads = order.repeat_interleave(self.keys[0].shape[1] // order.shape[1], 1)
 
-        def take(x: Tensor) -> Tensor:
+        def of_groups(x: Tensor) -> Tensor:
             return x.gather(2, heads[..., None, None].expand(-1, -1, -1, *x.shape[3:]))
 
-        self.keys, self.values = (tuple(take(x) for x in part) for part in (self.keys, self.values))
+        self.keys, self.values = (tuple(of_groups(x) for x in part) for part in (self.keys, self.values))
         inside = torch.arange(self.group, device=order.device)
         entries = (order[..., None] * self.group + inside).flatten(2)
         self.slots = self.slots.take(entries)
-        self.notes = {name: take_note(x, entries) for name, x in self.notes.items()}
+        self.notes = {name: take(x, entries) for name, x in self.notes.items()}
 
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(B, H_kv, N * group, head_dim) keys and values."""
@@ -94,12 +94,6 @@ class Store:
 def channels_of(dim: int, group: int) -> int:
     """How many neighbouring channels of a value share a scale: the largest divisor of `dim` up to `group`."""
     return max(n for n in range(1, min(dim, group) + 1) if dim % n == 0)
-
-
-def take_note(x: Tensor, keep: Tensor) -> Tensor:
-    """A note (B, G or 1, m) at the entries `keep` (B, G or 1, k)."""
-    groups = max(x.shape[1], keep.shape[1])
-    return x.expand(-1, groups, -1).gather(2, keep.expand(-1, groups, -1))
 
 
 def _cat(a: Tensor, b: Tensor) -> Tensor:

@@ -128,6 +128,12 @@ def first_and_last(at: CacheEntries, first: int, last: int | Tensor) -> Tensor:
     return prompt & ((index < before) | (index > after))
 
 
+def newest_half(method: Eviction, at: CacheEntries) -> Tensor:
+    """(B, G, m) bool, the sinks of a method and the newest half of its budget."""
+    half = (entries_of(method.budget, at) + 1) // 2
+    return first_and_last(at, method.sinks, half.clamp(min=method.recent))
+
+
 def first_position(at: CacheEntries) -> Tensor:
     """(B, G, 1) logical index of the first token that is no padding."""
     index, padding = at.slots.index, at.run.padding

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmaccel.hooks import CacheEntries, Modality
-from vlmaccel.methods.budget import entries_of, is_whole
-from vlmaccel.methods.eviction import attention_of_all, by_kv_head, first_and_last, seen_by
+from vlmaccel.methods.budget import is_whole
+from vlmaccel.methods.eviction import attention_of_all, by_kv_head, newest_half, seen_by
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.methods.streaming import Streaming
 from vlmaccel.reduction import Reduction
@@ -49,22 +49,17 @@ class H2O(Streaming):
 
     def _accumulate(self, at: CacheEntries) -> None:
         """Add the attention of the new rows to what every entry has had."""
-        real = at.run.remaining.modality != Modality.PAD
-        received = by_kv_head(attention_of_all(at), at)
-        for name, new in (("h2o", received), ("h2o rows", self._rows(at, real))):
-            if (old := at.entries.notes.get(name)) is not None:
-                new = new + pad(old, (0, new.shape[2] - old.shape[2]))
-            if name == "h2o" or self.reduce == "mean":
-                at.entries.notes[name] = new
-
-    def _rows(self, at: CacheEntries, real: Tensor) -> Tensor:
-        rows = torch.arange(real.shape[1], device=real.device).expand_as(real)
-        return seen_by(at, rows, real)
+        new = {"h2o": by_kv_head(attention_of_all(at), at)}
+        if self.reduce == "mean":
+            real = at.run.remaining.modality != Modality.PAD
+            new["h2o rows"] = seen_by(at, torch.arange(real.shape[1], device=real.device).expand_as(real), real)
+        for name, x in new.items():
+            old = at.entries.notes.get(name)
+            at.entries.notes[name] = x if old is None else x + pad(old, (0, x.shape[2] - old.shape[2]))
 
     def score(self, at: CacheEntries) -> Tensor:
         received = at.entries.notes["h2o"]
         return received if self.reduce == "sum" else received / at.entries.notes["h2o rows"].clamp(min=1)
 
     def protected(self, at: CacheEntries) -> Tensor:
-        half = (entries_of(self.budget, at) + 1) // 2
-        return first_and_last(at, self.sinks, half.clamp(min=self.recent))
+        return newest_half(self, at)

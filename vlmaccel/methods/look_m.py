@@ -15,8 +15,7 @@ from torch.nn.functional import normalize
 
 from vlmaccel.cache.mixed import MixedLayer
 from vlmaccel.hooks import CacheEntries, Modality
-from vlmaccel.methods.budget import entries_of
-from vlmaccel.methods.eviction import Eviction, attention_of_all, by_kv_head, first_and_last
+from vlmaccel.methods.eviction import Eviction, attention_of_all, by_kv_head, newest_half
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.reduction import Reduction
 
@@ -33,7 +32,7 @@ class LookM(Eviction):
     merge: what becomes of a kept entry c with n evicted ones e: "averaged" (c + sum e) / (n + 1); "pivotal" (default)
         (c + sum (c + e) / 2) / (n + 1); "weighted" (c + sum cos e) / (n + 1); or "none".
     prop_attn: add log(n + 1) to the logits of a merged key, which then weighs as its members. Default False, as
-        published; True is better in `vlmaccel eval vqa`, and takes the memory of one number an entry.
+        published; True takes the memory of one number an entry.
     text_prior: whether text is raised. The official code lets all text stay, beyond the budget; ours stays within it.
     Merging rotated keys of distant positions is no rotation of any key; the method is so as published.
     budget, sinks, recent: see `Eviction`; sinks 0 as published.
@@ -58,8 +57,7 @@ class LookM(Eviction):
         return torch.where(text, score + score.amax(2, keepdim=True), score)
 
     def protected(self, at: CacheEntries) -> Tensor:
-        half = (entries_of(self.budget, at) + 1) // 2
-        return first_and_last(at, self.sinks, half.clamp(min=self.recent))
+        return newest_half(self, at)
 
     def cache(self, at: CacheEntries) -> Reduction | None:
         selected = super().cache(at)
@@ -69,15 +67,15 @@ class LookM(Eviction):
             raise NotImplementedError("look-m merges entries, so it comes before the method that quantises them")
         batch = at.entries.keys.shape[0]
         selected = selected.repeat(at.entries.keys.shape[1] * batch // selected.keep.shape[0])
-        keys, values, real = (x.flatten(0, 1) for x in (at.entries.keys, at.entries.values, self._real(at)))
+        keys, values, real = (
+            x.flatten(0, 1)
+            for x in (at.entries.keys, at.entries.values, at.prompt.expand(-1, at.entries.keys.shape[1], -1))
+        )
         target, likeness = nearest(keys, selected, real)
         changed = (merged(x, selected, target, likeness, self.merge) for x in (keys, values))
         at.entries.rewrite(*(x.unflatten(0, (batch, -1)) for x in changed))
         group = torch.where(selected.group >= 0, selected.group, target)
         return replace(selected, group=group)
-
-    def _real(self, at: CacheEntries) -> Tensor:
-        return at.prompt.expand(-1, at.entries.keys.shape[1], -1)
 
 
 def nearest(keys: Tensor, selected: Reduction, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -179,7 +179,7 @@ def new_positions(at: CacheEntries) -> Tensor:
     lowered = torch.zeros_like(positions[0])
     if run.removed is not None and run.index is not None:
         lowered = lowered.scatter(1, run.index, run.removed.to(lowered.dtype))
-    removed = at.entries.removed
-    earlier = None if removed is None or run.removed_in_all is None else removed - run.removed_in_all.to(removed.device)
-    earlier = removed if run.removed_in_all is None else earlier
+    earlier = at.entries.removed  # before this forward too
+    if earlier is not None and run.removed_in_all is not None:
+        earlier = earlier - run.removed_in_all.to(earlier.device)
     return positions - lowered - (0 if earlier is None else earlier)

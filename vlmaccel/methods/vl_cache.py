@@ -68,12 +68,13 @@ class VLCache(Eviction):
         at.entries.notes[NOTE] = score if self.granularity == "head" else score.mean(1, keepdim=True)
 
     def layer_budget(self, at: CacheEntries) -> Tensor:
-        mean = entries_of(self.budget, at)
-        density = at.run.memory[self]
-        weight = torch.stack([density[layer].to(mean.device) for layer in sorted(density)], 1)
-        # what a layer holds may be less than the sequence where tokens were dropped before it
-        low = (mean * 0).clamp(min=1) + entries_of(0.01, at) - 1
-        return divide(weight, mean * weight.shape[1], low[:, None], entries_of(1.0, at)[:, None])[:, at.layer]
+        key = (self, at.window)  # layers with the same window share one division
+        if key not in at.run.memory:
+            mean, low, high = (entries_of(budget, at) for budget in (self.budget, 0.01, 1.0))
+            density = at.run.memory[self]
+            weight = torch.stack([density[layer].to(mean.device) for layer in sorted(density)], 1)
+            at.run.memory[key] = divide(weight, mean * weight.shape[1], low[:, None], high[:, None])
+        return at.run.memory[key][:, at.layer].to(at.slots.index.device)
 
     def score(self, at: CacheEntries) -> Tensor:
         return at.entries.notes[NOTE]
