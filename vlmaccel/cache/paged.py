@@ -67,8 +67,7 @@ class PagedLayer(PrunedLayer):
         if slots is None:
             return
         if padding is not None:
-            hidden = padding.to(slots.index.device)[:, None].expand(-1, slots.index.shape[1], -1)
-            hidden = hidden.gather(2, slots.index.long())
+            hidden = slots.padded(padding)
             if bool(hidden.any()):
                 slots = replace(slots, size=slots.sizes.masked_fill(hidden, 0)).compact()
                 self._slots, self._room = slots, None
