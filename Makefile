@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test test-kernels test-gpu lint slow clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,15 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Kernels without a GPU: what they compute, under Triton's interpreter, and what the compiler makes of them. Two processes,
+# since one that interprets does not compile.
+test-kernels: $(VENV)/installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels/interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels/compiled
+
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow

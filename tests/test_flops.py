@@ -61,6 +61,8 @@ def test_fastv_ratio(k, kept, text, ratio):
 def test_layer_is_the_sum_of_its_parts():
     assert layer_flops(3, 5, 7) == 4 * 3 * 25 + 2 * 9 * 5 + 3 * 3 * 5 * 7
     assert layer_flops(3, 5, 7, gated=False) == 4 * 3 * 25 + 2 * 9 * 5 + 2 * 3 * 5 * 7
+    assert layer_flops(3, 5, 7, attended=0.25) == 4 * 3 * 25 + 2 * 9 * 5 / 4 + 3 * 3 * 5 * 7
+    assert decoder_flops([3, 2], 5, 7, True, [0.5, 1]) == layer_flops(3, 5, 7, True, 0.5) + layer_flops(2, 5, 7)
     assert decoder_flops([], 5, 7) == 0
 
 

@@ -10,7 +10,7 @@ import vlmaccel
 from tests.support.models import DEPTH, build, inputs
 from tests.support.reference import Reference
 from vlmaccel.hooks import HOOK_POINTS, Method
-from vlmaccel.methods import PyramidDrop, Uniform
+from vlmaccel.methods import BlockSparse, PyramidDrop, Uniform, ZipVL
 from vlmaccel.reduction import Reduction
 from vlmaccel.run import Modality
 
@@ -178,4 +178,6 @@ def test_hook_points_are_what_a_method_overrides():
     assert HOOK_POINTS == ("vision_block", "visual_tokens", "decoder_layer", "attention", "cache")
     assert PyramidDrop().hook_points() == ("decoder_layer",)
     assert Evict(True).hook_points() == ("cache",)
+    assert BlockSparse().hook_points() == ("attention",)
+    assert ZipVL().hook_points() == ("attention", "cache")
     assert Method().hook_points() == ()

@@ -50,6 +50,10 @@ def test_names_and_lines():
         "random",
         "uniform",
         "pool",
+        "zipvl",
+        "vertical-slash",
+        "block-sparse",
+        "flexprefill",
     }
     assert set(vlmaccel.adapters()) >= {"llava", "text"}
     for line in (*vlmaccel.methods().values(), *vlmaccel.adapters().values()):
@@ -90,7 +94,7 @@ def test_every_way_to_name_a_method():
         ("random", {"layer": 1.5}, ValueError, "not 1.5"),
         ("random", {"layer": DEPTH}, ValueError, f"layer {DEPTH}, but this model has layers 0 to {DEPTH - 1}"),
         ("random", {"target": "audio"}, ValueError, "target must be one of None, 'image', 'text', not 'audio'"),
-        ("random", {"positions": "gap"}, ValueError, "positions must be one of 'keep', 'renumber', not 'gap'"),
+        ("random", {"positions": "gap"}, ValueError, "positions must be one of None, 'keep', 'renumber', not 'gap'"),
         ("pyramiddrop", {"layers": (3, 2)}, ValueError, "must increase"),
         ("pyramiddrop", {"layers": (1, 2), "ratios": (0.5,)}, ValueError, "2 stages need as many ratios, not 1"),
         ("pyramiddrop", {"ratios": (0.2, 0.5, 0.1)}, ValueError, "cannot grow"),

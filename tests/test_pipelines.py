@@ -8,7 +8,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import vlmaccel
-from tests.support.models import build
+from tests.support import qwen_vl
+from tests.support.models import IMAGE, VIDEO, VOCAB, build
 from tests.support.tiny_vqa import tiny_llava
 from tests.support.vits import PATCHES, SIDE
 from tests.support.vits import build as build_vit
@@ -45,6 +46,34 @@ def test_image_text_to_text(method):
         singles = answers(1)
         assert vlmaccel.stats(model).mean_visual_tokens < vlmaccel.stats(model).nominal_visual_tokens
         assert answers(2) == singles
+    assert answers(1) == unpatched
+
+
+@pytest.mark.parametrize("kind", ["qwen2-vl", "qwen3-vl"])
+def test_image_text_to_text_with_pictures_of_any_size(kind):
+    model, processor = build(kind), qwen_vl.processor(kind, IMAGE, VIDEO, VOCAB)
+    chats = []
+    for sizes in ([(24, 32), (40, 16)], [(32, 32)], [(64, 16)]):
+        pictures = [{"type": "image", "image": Image.new("RGB", size, "red")} for size in sizes]
+        content = [{"type": "text", "text": "w5 w6 "}, *pictures, {"type": "text", "text": " w7 w8 w9"}]
+        chats.append([{"role": "user", "content": content}])
+
+    def answers(batch_size):
+        pipe = hf.pipeline("image-text-to-text", model=model, processor=processor)
+        assert pipe.model is model
+        options = {"max_new_tokens": 6, "do_sample": False}
+        out = pipe(text=chats, batch_size=batch_size, generate_kwargs=options, return_full_text=False)
+        return [one[0]["generated_text"] for one in out]
+
+    unpatched = answers(1)
+    with vlmaccel.patched(model, "pyramiddrop", ratio=1.0):
+        assert answers(3) == answers(1) == unpatched
+    for method in (PyramidDrop(ratio=0.3), Uniform(layer=0, ratio=0.25)):
+        with vlmaccel.patched(model, method):
+            singles = answers(1)
+            assert vlmaccel.stats(model).mean_visual_tokens < vlmaccel.stats(model).nominal_visual_tokens
+            assert answers(3) == singles
+            assert singles != unpatched
     assert answers(1) == unpatched
 
 

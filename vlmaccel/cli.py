@@ -443,6 +443,87 @@ def cache(
             _show(f"wrote {out}")
 
 
+@benches.command()
+def kernels(
+    device: Annotated[str, typer.Option(help="cuda: the Triton forms; cpu: the CPU forms.")] = "cuda",
+    op: Annotated[list[str] | None, typer.Option("--op", help="One or several; default: all operators.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="One or several; default bfloat16, on a CPU float32 too.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Turns; default: as many as fit, from 3 on.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="Seconds after which nothing more starts; default: 140 on a GPU.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", "--out", help="JSON file for the result.")] = None,
+) -> None:
+    """Every operator against torch's own best at shapes of real models, in turn."""
+    with user_errors():
+        import torch
+
+        from vlmaccel.evals import bench_kernels
+
+        cuda = torch.device(device).type == "cuda"
+        if cuda and not torch.cuda.is_available():
+            _show(bench_kernels.NO_GPU)
+            return
+        limit = 140 if cuda and limit is None else limit
+        with _progress() as progress:
+            progress.start("", 0)
+            result = bench_kernels.run_kernel_bench(
+                device, op, dtype, repeats=repeats, limit=limit, progress=lambda text: progress.start(text, 0)
+            )
+        _show(*bench_kernels.render(result))
+        if out:
+            out.write_text(json.dumps(result.facts(), indent=2) + "\n")
+            _show(f"wrote {out}")
+
+
+@benches.command()
+def sparse(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="One or several; default llava-next-7b and qwen2-1.5b.")
+    ] = None,
+    tokens: Annotated[list[str] | None, typer.Option(help="Of the prompt; default 2992,8192.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME:key=value; several times. Default: all, at set shares.")
+    ] = None,
+    tau: Annotated[list[float] | None, typer.Option(help="Of ZipVL, in place of those; several times.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="One or several; default float32 and bfloat16.")] = None,
+    depth: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 2,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that count.")] = 3,
+    device: Annotated[str, typer.Option()] = "cpu",
+    out: Annotated[Path | None, typer.Option("--json", "--out", help="JSON file for the result.")] = None,
+) -> None:
+    """Prefill with sparse attention against the whole of it, in turn: speed-up, FLOPs, what choosing costs."""
+    with user_errors():
+        from vlmaccel.evals import bench_sparse
+
+        if method and tau:
+            raise ValueError("--tau is of ZipVL in the default methods; with --method write zipvl:tau=...")
+        ways = [parse_method(name) for name in method] if method else bench_sparse.default_methods(tau or None)
+        results = []
+        with _progress() as progress:
+            progress.start("", 0)
+            for name in shape or ["llava-next-7b", "qwen2-1.5b"]:
+                result = bench_sparse.run_sparse_bench(
+                    name,
+                    _numbers(tokens) or bench_sparse.TOKENS,
+                    dtype or ["float32", "bfloat16"],
+                    ways,
+                    depth=depth,
+                    batch=batch,
+                    repeats=repeats,
+                    device=device,
+                    progress=lambda text: progress.start(text, 0),
+                )
+                results.append(result)
+        _show(*(part for result in results for part in bench_sparse.render(result)))
+        if out:
+            out.write_text(json.dumps([result.facts() for result in results], indent=2) + "\n")
+            _show(f"wrote {out}")
+
+
 @app.command()
 def methods() -> None:
     """What `--method` can be."""

@@ -26,24 +26,35 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmaccel.kernels.bipartite_match import bipartite_match
+from vlmaccel.kernels.block_index import computed_share
+from vlmaccel.kernels.block_prefill import block_prefill
 from vlmaccel.kernels.key_bias_attention import key_bias_attention
+from vlmaccel.kernels.score_rows import score_rows
+from vlmaccel.kernels.token_prefill import token_prefill
 
 
-def layer_flops(n: float, d: int, m: int, gated: bool = True) -> float:
+def layer_flops(n: float, d: int, m: int, gated: bool = True, attended: float = 1.0) -> float:
     """FLOPs of one decoder layer over `n` tokens (a multiply-add is one; see the module's convention).
 
-    n: tokens at the layer's input. d: hidden size. m: MLP width. gated: three MLP matrices instead of two.
+    n: tokens at the layer's input. d: hidden size. m: MLP width. gated: three MLP matrices instead of two. attended: share
+    of the attention that is computed.
     """
-    return 4 * n * d**2 + 2 * n**2 * d + (3 if gated else 2) * n * d * m
+    return 4 * n * d**2 + attended * 2 * n**2 * d + (3 if gated else 2) * n * d * m
 
 
-def decoder_flops(tokens_per_layer: Sequence[float], d: int, m: int, gated: bool = True) -> float:
-    """FLOPs of one sample's prefill: `layer_flops` summed over layers, each with its tokens at the input."""
-    return sum(layer_flops(n, d, m, gated) for n in tokens_per_layer)
+def decoder_flops(
+    tokens_per_layer: Sequence[float], d: int, m: int, gated: bool = True, attended: Sequence[float] | None = None
+) -> float:
+    """FLOPs of one sample's prefill: `layer_flops` summed over layers, each with its tokens at the input.
+
+    attended: share of every layer's attention that is computed; None for all of it.
+    """
+    shares = [1.0] * len(tokens_per_layer) if attended is None else attended
+    return sum(layer_flops(n, d, m, gated, share) for n, share in zip(tokens_per_layer, shares, strict=True))
 
 
 @dataclass(frozen=True)
@@ -93,12 +104,46 @@ def _match(metric: Sequence[int], r: int, prefix: int, *_: Any, **__: Any) -> in
     return 2 * batch * ((n - prefix) // 2) * ((n - prefix + 1) // 2) * d
 
 
+def _score(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    """Logits of all rows with all keys."""
+    return 2 * prod(query) * key[2]
+
+
+def _token_prefill(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], tokens: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Attention of the chosen tokens over themselves, the whole square."""
+    return 4 * query[0] * query[1] * query[3] * tokens[1] ** 2
+
+
+def _block_prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    columns: Tensor,
+    start: Tensor,
+    block: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """The share of all attention that the lists hold, of the whole square."""
+    share = computed_share(blocks, columns, start, query.shape[2], key.shape[2], block).mean().item()
+    return round(4 * query.numel() * key.shape[2] * share)
+
+
+_block_prefill._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode: the tensors, and not only their shapes
+
+
 # torch up to 2.14 has no formula for the attention kernel that CPUs use, and would count none of its work
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
     key_bias_attention._overloadpacket: _sdpa,
     bipartite_match._overloadpacket: _match,
+    score_rows._overloadpacket: _score,
+    token_prefill._overloadpacket: _token_prefill,
+    block_prefill._overloadpacket: _block_prefill,
 }
 
 

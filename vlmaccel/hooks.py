@@ -1,8 +1,8 @@
 """Method and its hook points: the five places in the data flow where a technique may act, and what each one receives.
 
 In the order data meets them: `vision_block` inside each ViT block, `visual_tokens` after the projector,
-`decoder_layer` before a decoder layer at prefill, `attention` right after a decoder layer's attention, `cache` when a
-layer's keys and values are there. A method overrides those it needs and knows only tensors; which modules they come
+`decoder_layer` before a decoder layer at prefill, `attention` in place of a decoder layer's attention call
+(`sparse_attention`) and right after it, `cache` when a layer's keys and values are there. A method overrides those it needs and knows only tensors; which modules they come
 from is the adapters' business.
 """
 
@@ -113,6 +113,47 @@ class Attention(DecoderLayer):
     attention from the keys it used."""
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """The attention call of decoder layer `layer` of `depth` at prefill.
+
+    run: the forward pass. query: (B, H, n, head_dim), rotated, of the remaining new tokens. key: (B, H_kv, m, head_dim) of
+    earlier tokens and, last, the new ones, so that row i is key i + m - n. real: (B, m) bool, the keys that are tokens: no
+    padding, no fillers. scale: of the logits.
+    """
+
+    run: Run
+    layer: int
+    depth: int
+    query: Tensor
+    key: Tensor
+    real: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSet:
+    """Sparse attention over some tokens: their rows see them, as far as they are not later; all other rows get 0.
+
+    chosen: (B, m) bool over the keys of an `AttentionCall`, none of them padding or a filler.
+    """
+
+    chosen: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLists:
+    """Sparse attention in which every block of rows has its own list of keys, a list for every head; causal.
+
+    blocks: (B, H, ceil(n / block), L) int32, numbers of key blocks, ascending, -1 behind them. columns: (B, H, ceil(n / block),
+    C) int32, single keys beside those blocks, ascending, -1 behind them. block: rows, and keys, of a block, 64 or 128.
+    """
+
+    blocks: Tensor
+    columns: Tensor
+    block: int
+
+
 class EntryScores(Protocol):
     """Attention of the decoder layer at hand over its cache entries, as many rows as asked for."""
 
@@ -123,6 +164,12 @@ class EntryScores(Protocol):
     def rows(self, rows: Tensor) -> Tensor:
         """(B, H, Q, m) float32 softmax attention of the rows over all m entries, earlier turns and merged weights
         included; a row sees no later entry, no padding and no filler."""
+        ...
+
+    def received(self, rows: Tensor, counts: Tensor, reduce: Literal["sum", "mean", "max"]) -> Tensor:
+        """(B, H, m) float32, what each entry gets of the attention in `rows`, reduced over those of them that count
+        (B, Q) bool: their sum, their mean over the ones that see the entry, or the largest; 0 where none does. Rows are
+        never held whole, so they may be all there are."""
         ...
 
     def output(self) -> Tensor:
@@ -200,7 +247,8 @@ class Method:
     name: how `patch(model, name)` finds it. A class in a package that declares the entry point `vlmaccel.methods`
     is found like our own.
     positions: "keep": remaining tokens keep their original position ids. "renumber": from this reduction on they are
-        numbered 0, 1, 2, ... without gaps, in each layer, and new tokens continue from there.
+        numbered 0, 1, 2, ... without gaps, in each layer, and new tokens continue from there. None: renumbered in models
+        where a token has one position, kept where it has three (M-RoPE), which cannot be renumbered.
     prop_attn: proportional attention, log(size) added to the attention logits of merged keys (arXiv 2210.09461). None:
         as the model's family does best in a vision tower, on in a decoder.
     calibrated: in a decoder, from this reduction on, log(size * (2 - D(distance))) is added to the logits of visual (and
@@ -210,17 +258,15 @@ class Method:
     """
 
     name: ClassVar[str] = ""
-    positions: Positions = "keep"
+    positions: Positions | None = "keep"
     prop_attn: bool | None = False
     calibrated: bool = False
     two_phase: ClassVar[bool] = False
 
     def hook_points(self) -> tuple[str, ...]:
         """The hook points that this method acts at: those it overrides."""
-        overridden = [
-            name for name in (*HOOK_POINTS, "cache_layer") if getattr(type(self), name) is not getattr(Method, name)
-        ]
-        points = {"cache" if name == "cache_layer" else name for name in overridden}
+        point_of = {**{name: name for name in HOOK_POINTS}, "cache_layer": "cache", "sparse_attention": "attention"}
+        points = {point for name, point in point_of.items() if getattr(type(self), name) is not getattr(Method, name)}
         return tuple(point for point in HOOK_POINTS if point in points)
 
     def decoder_layers(self, depth: int) -> Sequence[int]:
@@ -229,6 +275,10 @@ class Method:
 
     def attention_layers(self, depth: int) -> Sequence[int]:
         """Decoder layers after whose attention `attention` is called."""
+        return ()
+
+    def sparse_layers(self, depth: int) -> Sequence[int]:
+        """Decoder layers whose attention call `sparse_attention` may take."""
         return ()
 
     def cache_layers(self, depth: int) -> Sequence[int]:
@@ -249,6 +299,11 @@ class Method:
 
     def decoder_layer(self, at: DecoderLayer) -> Reduction | None:
         """Select or merge tokens before a decoder layer, at prefill; None leaves them."""
+        return None
+
+    def sparse_attention(self, at: AttentionCall) -> TokenSet | BlockLists | None:
+        """Which part of a layer's attention to compute, at prefill; None computes all of it. Only one method of a model may
+        have it."""
         return None
 
     def attention(self, at: Attention) -> None:
@@ -284,6 +339,8 @@ def check_fits(method: Method, reduction: Reduction, hidden: Tensor) -> None:
 __all__ = [
     "HOOK_POINTS",
     "Attention",
+    "AttentionCall",
+    "BlockLists",
     "CacheEntries",
     "DecoderLayer",
     "EntryScores",
@@ -294,6 +351,7 @@ __all__ = [
     "Run",
     "Scores",
     "TokenMap",
+    "TokenSet",
     "Tower",
     "VisionBlock",
     "VisualTokens",

@@ -26,8 +26,8 @@ class TokenMap:
 
     modality: (B, N) int8, a `Modality`.
     image: (B, N) int64, number of the image within its sample, -1 outside images.
-    grid: (B, N, 3) int64, (view, row, column) of an image token: view 0 is the whole picture, view 1 the mosaic of its
-        high-resolution crops; -1 where a token has no place in a grid.
+    grid: (B, N, 3) int64, (view, row, column) of an image token. view: in LLaVA 0 is the whole picture, 1 the mosaic of its
+        high-resolution crops; in Qwen-VL the frame of a video; in InternVL the tile. -1 where a token has no place in a grid.
     """
 
     modality: Tensor
@@ -90,6 +90,7 @@ class Run:
     removed_in_all: Tensor | None = None  # (B, 1), the same for tokens still to come
     stages: list[Stage] = field(default_factory=list)
     memory: dict[Any, Any] = field(default_factory=dict)  # what a method wants to remember between layers
+    attended: dict[int, Tensor] = field(default_factory=dict)  # (B,) share of a layer's attention that was computed
     mask_known: bool = False  # the attention mask is causality and `padding`, nothing else
     keeps_modality: bool = False  # cache entries are to know their modality
     verifying: bool = False  # the new tokens are candidates of assisted decoding

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from vlmaccel.flops import decoder_flops
@@ -60,7 +61,9 @@ class Stats:
     kv_bytes_by_layer: what the KV cache holds after the prefill in every layer: all tensors, bookkeeping included; kv_bytes
         is their sum. kv_bytes_full: of an unpatched cache. kv_bytes_peak: the most that it held during the prefill.
     kv_bytes_transient: of the largest copy of a layer's entries that each decode step makes beside that (layers in few
-        bits are read in full precision; an unpatched cache is copied to be appended to, which is not counted).
+        bits are unpacked a part at a time, on a CPU; an unpatched cache is copied to be appended to, which is not counted).
+    attended: mean over the samples of the share of the (row, key) pairs of causal attention that each decoder layer
+        computed; 1 but for sparse attention.
     flops, flops_full: of the decoder, whole batch, by `vlmaccel.flops.decoder_flops`, with the kept and with all tokens.
     stages: which tokens were left from which layer on. token_map: what every token of the prompt is.
     tower: of the vision tower, None if nothing merges there or no picture has been seen.
@@ -76,6 +79,7 @@ class Stats:
     kv_bytes_full: int
     kv_bytes_peak: int
     kv_bytes_transient: int
+    attended: list[float]
     flops: float
     flops_full: float
     stages: tuple[Stage, ...]
@@ -99,9 +103,11 @@ class Stats:
 
     def __repr__(self) -> str:
         stages = ", ".join(f"{stage.keep.shape[1]} from layer {stage.layer} on" for stage in self.stages)
+        mean = sum(self.attended) / self.layers
+        sparse = "" if mean == 1 else f"attention computed: {mean:.1%} (mean over layers)\n"
         return (
             f"{' + '.join(self.methods)}, {self.batch} sample(s), {self.layers} decoder layers\n"
-            f"tokens left: {stages or 'all'}\n"
+            f"tokens left: {stages or 'all'}\n{sparse}"
             f"visual tokens: {self.mean_visual_tokens:.1f} of {self.nominal_visual_tokens:.1f} (mean over layers)\n"
             f"decoder prefill FLOPs: {self.flops_ratio:.1%} of {self.flops_full:.3g} (4nd^2 + 2n^2d + 3ndm a layer)\n"
             f"KV cache after prefill: {self.kv_bytes:,} of {self.kv_bytes_full:,} bytes, at most {self.kv_bytes_peak:,}"
@@ -152,6 +158,8 @@ def _decoder_stats(patch: Patch, decoder: DecoderHooks, done: Finished) -> Stats
     # padding is computed too, but it is no one's choice: FLOPs are those of the samples without it
     per_sample = list(zip(*(tokens.tolist() for tokens in real), strict=True))
     whole = left[0][0].tolist()
+    shares = [done.attended.get(layer, torch.ones(len(whole))).tolist() for layer in range(depth)]
+    attended = list(zip(*shares, strict=True))
     return Stats(
         methods=tuple(repr(method) for method in patch.methods),
         batch=len(whole),
@@ -163,7 +171,8 @@ def _decoder_stats(patch: Patch, decoder: DecoderHooks, done: Finished) -> Stats
         kv_bytes_full=sum(done.kv_bytes_full),
         kv_bytes_peak=done.kv_bytes_peak,
         kv_bytes_transient=done.transient,
-        flops=sum(decoder_flops(sample, d, m, gated) for sample in per_sample),
+        attended=[sum(layer) / len(layer) for layer in shares],
+        flops=sum(decoder_flops(n, d, m, gated, share) for n, share in zip(per_sample, attended, strict=True)),
         flops_full=sum(decoder_flops([n] * depth, d, m, gated) for n in whole),
         stages=done.stages,
         token_map=done.tokens,

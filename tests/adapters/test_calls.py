@@ -16,16 +16,18 @@ from tests.support.drops import (
     KeepAll,
     assert_like_reference,
     decode,
-    extend_mask,
+    go_on,
     make_plan,
+    policy,
     reference_traces,
 )
-from tests.support.models import DEPTH, KINDS, VLMS, build, inputs
+from tests.support.models import DEPTH, KINDS, QWEN, VLMS, build, inputs
+from tests.support.mrope import places
 from tests.support.reference import Positions, Reference
 from vlmaccel.hooks import Attention, DecoderLayer
 from vlmaccel.reduction import Reduction
 
-SOME = ("llama", "qwen2-hybrid", "llava-clip-mistral", "llava-onevision")
+SOME = ("llama", "qwen2-hybrid", "llava-clip-mistral", "llava-onevision", "qwen2-vl", "qwen3-vl")
 NONE = torch.zeros(3, 0, dtype=torch.long)
 
 
@@ -56,9 +58,13 @@ def test_logits_to_keep(kind: str) -> None:
 def test_positions_and_masks_given_by_the_caller(kind: str, positions: Positions) -> None:
     """Position ids that do not count padding (as generate makes them), none at all, and no mask where none is needed."""
     model, batch, plan = setting(kind)
-    mask = batch["attention_mask"]
+    mask, positions = batch["attention_mask"], policy(kind, positions)
     method = FixedDrop(plan, positions)
     counted = (mask.cumsum(1) - 1).clamp(min=0)
+    if kind in QWEN:
+        counted = counted.repeat(3, 1, 1)
+        for b, at in enumerate(places(model, batch)):
+            counted[:, b, mask[b].bool()] = at
     with vlmaccel.patched(model, method):
         assert_like_reference(
             reference_traces(model, batch, NONE, plan, positions),
@@ -79,13 +85,14 @@ def test_positions_and_masks_given_by_the_caller(kind: str, positions: Positions
 @torch.no_grad()
 def test_padding_on_the_right(kind: str, positions: Positions) -> None:
     model, batch, plan = setting(kind)
-    left = batch["attention_mask"]
+    left, positions = batch["attention_mask"], policy(kind, positions)
     shift = (left == 0).sum(1)
 
     def turn(x: Tensor) -> Tensor:
         return torch.stack([row.roll(-int(s)) for row, s in zip(x, shift, strict=True)])
 
-    right = {**batch, "input_ids": turn(batch["input_ids"]), "attention_mask": turn(left)}
+    names = {"input_ids", "attention_mask", "mm_token_type_ids"}
+    right = {k: turn(v) if k in names else v for k, v in batch.items()}
     plain = model(**right).logits
     with vlmaccel.patched(model, KeepAll((0, 2), "selection")):
         assert torch.equal(model(**right).logits, plain)
@@ -103,7 +110,7 @@ def test_padding_on_the_right(kind: str, positions: Positions) -> None:
 def test_a_cache_of_the_callers_own(kind: str, make: str) -> None:
     model, batch, plan = setting(kind, (0, 3))
     cache = DynamicCache() if make == "lazy" else DynamicCache(config=model.config.get_text_config())
-    with vlmaccel.patched(model, FixedDrop(plan, "renumber")):
+    with vlmaccel.patched(model, FixedDrop(plan, policy(kind, "renumber"))):
         own = model.generate(**batch, max_new_tokens=6, do_sample=False, past_key_values=cache)
         default = model.generate(**batch, max_new_tokens=6, do_sample=False)
     assert torch.equal(own, default)
@@ -120,7 +127,8 @@ def test_two_conversations_in_turn(kind: str) -> None:
     model = build(kind)
     batches = [inputs(kind, 3, pad=True), inputs(kind, 2)]
     plans = [make_plan(b["attention_mask"], (1, 3), seed=s) for s, b in enumerate(batches)]
-    methods = [FixedDrop(p, policy) for p, policy in zip(plans, ("renumber", "keep"), strict=True)]
+    policies = (policy(kind, "renumber"), policy(kind, "keep"))
+    methods = [FixedDrop(p, positions) for p, positions in zip(plans, policies, strict=True)]
     later = torch.randint(2, 110, (3, 8), generator=torch.Generator().manual_seed(5))
     outs = []
     for batch, method in zip(batches, methods, strict=True):
@@ -130,13 +138,12 @@ def test_two_conversations_in_turn(kind: str) -> None:
     with vlmaccel.patched(model, KeepAll((2,))):  # decoding needs a patched model, whatever the method
         for t in range(8):
             for i, batch in enumerate(batches):
-                mask = extend_mask(batch["attention_mask"], t + 1)
-                new = later[: len(mask), t : t + 1]
-                outs[i] = model(new, attention_mask=mask, past_key_values=outs[i].past_key_values)
+                new = later[: len(batch["input_ids"]), t : t + 1]
+                outs[i] = go_on(model, batch, new, t, outs[i].past_key_values)
                 steps[i].append(outs[i].logits[:, -1])
     for i, batch in enumerate(batches):
         size = len(batch["input_ids"])
-        traces = reference_traces(model, batch, later[:size], plans[i], methods[i].positions)
+        traces = reference_traces(model, batch, later[:size], plans[i], policies[i])
         assert_like_reference(traces, batch["attention_mask"], None, torch.stack(steps[i], 1))
 
 
@@ -162,7 +169,7 @@ class SecondDrop(FixedDrop):
 def test_two_methods_together(kind: str, policies: tuple[Positions, Positions], layers: tuple[int, int]) -> None:
     """Each with its own position policy, at different layers or one after the other at the same."""
     model, batch, _ = setting(kind)
-    mask = batch["attention_mask"]
+    mask, policies = batch["attention_mask"], (policy(kind, policies[0]), policy(kind, policies[1]))
     first = make_plan(mask, (layers[0],))[layers[0]]
     second = make_plan(first.long(), (layers[1],), seed=1)[layers[1]]
     later = torch.randint(2, 110, (3, 4), generator=torch.Generator().manual_seed(5))
@@ -245,7 +252,7 @@ class Probe(FixedDrop):
 def test_scores_are_the_layers_own_attention(kind: str, positions: Positions, attn: str) -> None:
     """Both forms: on the input of a layer before its drop (PyramidDrop), and of the attention that ran (FastV)."""
     model, batch = build(kind, attn), inputs(kind, 3, pad=True)
-    mask = batch["attention_mask"]
+    mask, positions = batch["attention_mask"], policy(kind, positions)
     plan = make_plan(mask, (1, 3), ragged=kind != "llama")
     for kept in plan.values():
         kept[:, -3:] = True  # the probed rows are there for every sample

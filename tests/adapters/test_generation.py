@@ -13,10 +13,12 @@ from tests.support.drops import (
     KeepAll,
     answer_tokens,
     assert_like_reference,
-    extend_mask,
+    go_on,
     make_plan,
+    policy,
     reference_traces,
     turns,
+    with_answer,
 )
 from tests.support.models import DEPTH, KINDS, build, inputs
 from tests.support.reference import Positions
@@ -29,7 +31,7 @@ ALL = tuple(range(DEPTH))
 @torch.no_grad()
 def test_beam_search(kind: str, positions: Positions) -> None:
     model, batch = build(kind), inputs(kind, 3, pad=True)
-    mask = batch["attention_mask"]
+    mask, positions = batch["attention_mask"], policy(kind, positions)
     beams = dict(max_new_tokens=STEPS, num_beams=3, do_sample=False, return_dict_in_generate=True, output_scores=True)
     full = model.generate(**batch, **beams)
     with vlmaccel.patched(model, KeepAll(ALL, "selection")):
@@ -82,7 +84,7 @@ def test_sampling_several_answers(kind: str) -> None:
 @torch.no_grad()
 def test_without_a_cache(kind: str, positions: Positions) -> None:
     model, batch = build(kind), inputs(kind, 3, pad=True)
-    mask = batch["attention_mask"]
+    mask, positions = batch["attention_mask"], policy(kind, positions)
     plan = make_plan(mask, (0, 3), seed=4)
     with vlmaccel.patched(model, KeepAll(ALL, "selection")):
         same = model.generate(**batch, **GREEDY, use_cache=False)
@@ -100,11 +102,7 @@ def test_without_a_cache(kind: str, positions: Positions) -> None:
 def second_turn(batch: dict[str, torch.Tensor], said: torch.Tensor) -> dict[str, torch.Tensor]:
     """The whole conversation so far, the answer `said` (B, T) and a new question of 9 tokens in every sample."""
     question = torch.randint(2, 110, (len(said), 9), generator=torch.Generator().manual_seed(8))
-    return {
-        **batch,
-        "input_ids": torch.cat([batch["input_ids"], said, question], 1),
-        "attention_mask": extend_mask(batch["attention_mask"], said.shape[1] + 9),
-    }
+    return with_answer(batch, torch.cat([said, question], 1))
 
 
 @pytest.mark.parametrize(("kind", "positions", "pad"), turns(KINDS, POLICIES, (False, True)))
@@ -114,7 +112,7 @@ def test_a_second_turn_over_the_cache(kind: str, positions: Positions, pad: bool
     model, batch = build(kind), inputs(kind, 3, pad)
     said = answer_tokens(3)
     talk = second_turn(batch, said)
-    mask, length = talk["attention_mask"], batch["input_ids"].shape[1]
+    mask, length, positions = talk["attention_mask"], batch["input_ids"].shape[1], policy(kind, positions)
     plan = make_plan(mask, (1, 3), seed=6)
     for kept in plan.values():
         kept[:, length - 1 : length + STEPS] = True  # a prompt's last token and answers always stay
@@ -124,13 +122,11 @@ def test_a_second_turn_over_the_cache(kind: str, positions: Positions, pad: bool
     def turns():
         out = model(**batch, use_cache=True)
         for t in range(STEPS):
-            seen = extend_mask(batch["attention_mask"], t + 1)
-            out = model(said[:, t : t + 1], attention_mask=seen, past_key_values=out.past_key_values)
-        out = model(new, attention_mask=mask, past_key_values=out.past_key_values)
+            out = go_on(model, batch, said[:, t : t + 1], t, out.past_key_values)
+        out = go_on(model, batch, new, STEPS, out.past_key_values)
         prompt, steps = out.logits, []
         for t in range(STEPS):
-            seen = extend_mask(mask, t + 1)
-            out = model(later[:, t : t + 1], attention_mask=seen, past_key_values=out.past_key_values)
+            out = go_on(model, talk, later[:, t : t + 1], t, out.past_key_values)
             steps.append(out.logits[:, -1])
         return prompt, torch.stack(steps, 1)
 
@@ -154,9 +150,9 @@ def test_a_second_turn_over_the_cache(kind: str, positions: Positions, pad: bool
 @torch.no_grad()
 def test_generate_continues_a_cache(kind: str) -> None:
     model, batch = build(kind), inputs(kind, 3, pad=True)
-    length = batch["input_ids"].shape[1]
+    length, positions = batch["input_ids"].shape[1], policy(kind, "renumber")
     plan = make_plan(batch["attention_mask"], (0, 2), seed=7)
-    with vlmaccel.patched(model, FixedDrop(plan, "renumber")):
+    with vlmaccel.patched(model, FixedDrop(plan, positions)):
         first = model.generate(**batch, **GREEDY)
         talk = second_turn(batch, first.sequences[:, length:])
         text = {k: talk[k] for k in ("input_ids", "attention_mask")}
@@ -164,7 +160,7 @@ def test_generate_continues_a_cache(kind: str) -> None:
     mask = talk["attention_mask"]
     plan = {k: torch.cat([kept, kept.new_ones(3, STEPS + 9)], 1) for k, kept in plan.items()}  # all of it stays
     new = second.sequences[:, mask.shape[1] :]
-    traces = reference_traces(model, talk, new[:, :-1], plan, "renumber")
+    traces = reference_traces(model, talk, new[:, :-1], plan, positions)
     assert_like_reference(traces, mask, None, torch.stack(second.logits, 1)[:, 1:])
 
 
@@ -173,7 +169,7 @@ def test_generate_continues_a_cache(kind: str) -> None:
 def test_assisted_decoding(kind: str, positions: Positions) -> None:
     """Prompt lookup proposes several tokens at once and takes the wrong ones back: the answer is the greedy one."""
     model, batch = build(kind), inputs(kind)
-    plan = make_plan(batch["attention_mask"], (1, 3))
+    plan, positions = make_plan(batch["attention_mask"], (1, 3)), policy(kind, positions)
     options = {**GREEDY, "max_new_tokens": 12}
     full = model.generate(**batch, **options, prompt_lookup_num_tokens=3)
     with vlmaccel.patched(model, KeepAll(ALL, "selection")):
@@ -191,7 +187,7 @@ def test_assisted_decoding(kind: str, positions: Positions) -> None:
 @torch.no_grad()
 def test_prefill_in_chunks(kind: str, positions: Positions, chunk: int) -> None:
     model, batch = build(kind), inputs(kind, 3, pad=True)
-    mask = batch["attention_mask"]
+    mask, positions = batch["attention_mask"], policy(kind, positions)
     options = {**GREEDY, "prefill_chunk_size": chunk}
     full = model.generate(**batch, **options)
     with vlmaccel.patched(model, KeepAll(ALL, "selection")):

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 import vlmaccel
-from tests.support.drops import FixedDrop, decode, make_plan
+from tests.support.drops import FixedDrop, decode, make_plan, policy
 from tests.support.models import build, inputs
 from vlmaccel.adapters.masks import physical_mask
 from vlmaccel.adapters.view import renumbered
@@ -100,13 +100,13 @@ def flash():
 
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "llava-clip-llama"])
+@pytest.mark.parametrize("kind", ["llama", "llava-clip-llama", "qwen3-vl"])
 @torch.no_grad()
 def test_a_model_with_flash_attentions_masks(flash, kind, ragged, pad):
     batch = inputs(kind, 3, pad=pad)
     later = torch.randint(2, 100, (3, 4), generator=torch.Generator().manual_seed(2))
     real = batch["attention_mask"].bool()
-    methods = [FixedDrop(make_plan(batch["attention_mask"], (1, 3), ragged=ragged), "renumber")]
+    methods = [FixedDrop(make_plan(batch["attention_mask"], (1, 3), ragged=ragged), policy(kind, "renumber"))]
     methods += [PyramidDrop(), FastV(layer=2, ratio=0.4), AttentionSum(layer=2, ratio=0.4)]
     for method in methods:
         with vlmaccel.patched(build(kind), method) as model:

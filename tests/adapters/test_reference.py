@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.support.models import DEPTH, KINDS, SLIDING, VLMS, WINDOW, build, inputs
+from tests.support.models import DEPTH, KINDS, QWEN, SLIDING, VLMS, WINDOW, build, inputs
+from tests.support.mrope import places
 from tests.support.reference import Reference
 
 
@@ -21,18 +22,33 @@ def test_full_logits_equal_the_unpatched_model(kind: str) -> None:
         assert (trace.logits - logits[b, real]).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("kind", ["llava-onevision", *QWEN])
 @torch.no_grad()
-def test_full_logits_with_a_video() -> None:
-    model = build("llava-onevision")
+def test_full_logits_with_a_video(kind: str) -> None:
+    model = build(kind)
     reference = Reference(model)
-    batch = inputs("llava-onevision", 3, pad=True, video=True)
+    batch = inputs(kind, 3, pad=True, video=True)
     logits = model(**batch).logits
     for b, embeds in enumerate(reference.embed(batch)):
         real = batch["attention_mask"][b].bool()
         assert (reference.run(embeds).logits - logits[b, real]).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral-sliding", "qwen2-hybrid"])
+@pytest.mark.parametrize("kind", QWEN)
+@pytest.mark.parametrize("video", [False, True])
+def test_positions_of_pictures_are_the_unpatched_models_own(kind: str, video: bool) -> None:
+    model, batch = build(kind).model, inputs(kind, 3, pad=True, video=video)
+    ids, kinds = batch["input_ids"], batch["mm_token_type_ids"]
+    rest = {k: v for k, v in batch.items() if k not in ("input_ids", "mm_token_type_ids")}
+    theirs, deltas = model.get_rope_index(ids, kinds, **rest)
+    for b, ours in enumerate(places(model, batch)):
+        real = batch["attention_mask"][b].bool()
+        assert torch.equal(ours, theirs[:, b, real])
+        assert ours.max() + 1 - real.sum() == deltas[b]
+        assert b == 1 or (not torch.equal(ours[0], ours[1]) and not torch.equal(ours[1], ours[2]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral-sliding", "qwen2-hybrid", "qwen2.5-vl", "qwen3-vl-moe"])
 @torch.no_grad()
 def test_attention_equals_the_unpatched_models_own(kind: str) -> None:
     model = build(kind, "eager")

@@ -5,7 +5,7 @@ import torch
 
 import vlmaccel
 from tests.support.models import IMAGE, SIDE, VLMS, build, inputs
-from vlmaccel.adapters.base import image_token_map, run_lengths
+from vlmaccel.adapters.base import picture_token_map, run_lengths
 from vlmaccel.run import Modality
 
 GRID = SIDE // 8  # patches a side
@@ -79,7 +79,7 @@ def _packs(model, crops, size, newline):
         return -1
 
 
-def test_videos_are_told_apart_and_stay():
+def test_videos_are_told_apart_and_have_a_budget_like_pictures():
     batch = inputs("llava-onevision", 3, pad=True, video=True)
     model = build("llava-onevision")
     with vlmaccel.patched(model, "random", ratio=0.5), torch.no_grad():
@@ -88,7 +88,8 @@ def test_videos_are_told_apart_and_stay():
     video = stats.token_map.modality == Modality.VIDEO
     assert video.sum(1).tolist() == [0, 0, 9]
     kept = torch.zeros_like(video).scatter(1, stats.stages[0].keep, stats.stages[0].size > 0)
-    assert kept[video].all()
+    assert int(kept[video].sum()) == 4
+    assert stats.token_map.image[2][video[2]].unique().tolist() == [0]
 
 
 def test_one_map_by_ids_or_by_embeddings():
@@ -104,5 +105,5 @@ def test_one_map_by_ids_or_by_embeddings():
 def test_pieces_of_chunked_prefill_are_taken_apart():
     special = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()
     assert run_lengths(special) == [2, 1, 1]
-    tokens = image_token_map(special, [4], [torch.full((4, 3), -1)])
+    tokens = picture_token_map(special, [4], Modality.IMAGE, None, [torch.full((4, 3), -1)])
     assert tokens.image.tolist() == [[-1, 0, 0, -1, 1], [0, -1, -1, -1, -1]]

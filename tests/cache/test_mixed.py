@@ -1,22 +1,26 @@
 """The mixed-precision layer alone: what is quantised and when, eviction, going back, batches, bytes, the keys' bias."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import pad
-from transformers import Qwen2_5_VLTextConfig
+from transformers import Qwen2_5_VLTextConfig, Qwen2Config
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from tests.cache.test_store import groups_of
-from tests.support.memory import held_bytes
+from tests.support.memory import Largest, held_bytes
 from tests.support.models import build
-from vlmaccel.cache import KeyBias, PrunedLayer, extend
+from vlmaccel.cache import KeyBias, PrunedLayer, extend, key_bias
+from vlmaccel.cache import mixed as mixed_module
 from vlmaccel.cache.mixed import FULL, MixedLayer
 from vlmaccel.cache.pruned import ROOM
+from vlmaccel.kernels import mixed_decode
+from vlmaccel.kernels.decode_attention import decode_attention
 from vlmaccel.kernels.quantize_pack import scale_dtype
 from vlmaccel.reduction import Reduction
 
@@ -227,6 +231,76 @@ def test_a_decode_step_reads_all_entries(prefer):
         assert all(torch.equal(a, b) for a, b in zip(got, layer.dense(), strict=True))
     want = torch.cat([softmax_over(layer, query, b) for b in range(2)])
     assert torch.allclose(layer.attend(query, 0.4), want, atol=1e-5)
+
+
+def by_copies(layer, query, scale=0.4):
+    """Attention over all entries written out in float32."""
+    layer.announce_attend(None)
+    return decode_attention(query, *layer.dense(), layer._bias(layer.slots), scale)
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("ratio", [1, 3])
+@pytest.mark.parametrize("planted", [None, 0.0, 30.0])
+@pytest.mark.parametrize("kind", ["whole", "fillers", "padding", "sizes"])
+def test_attention_over_codes_is_that_over_entries_written_out(heads, ratio, planted, kind):
+    """In ragged batches, with hidden entries, sizes of merged ones, and keys that share a bias."""
+    keys, values = draw(6, 60, 3)
+    bias = None if planted is None else qwen(planted)
+    padding = torch.arange(60) < torch.tensor([0, 9, 17])[:, None] if kind == "padding" else None
+    layer = prefill(keys, values, draw_bits(6, 60, 3, heads), padding, key_bias=bias)
+    if kind == "fillers":
+        evict(layer, (torch.rand(3, heads, layer.held) < 0.4) & (layer.slots.sizes > 0))
+    step(layer, *draw(7, 9, 3), 9)
+    if kind == "sizes":
+        for part in (*layer.stores.values(), layer):
+            slots = layer.exact_slots if part is layer else part.slots
+            known = replace(slots, size=slots.sizes * torch.randint(1, 9, slots.index.shape), prop_attn=True)
+            part.__dict__["_slots" if part is layer else "slots"] = known
+    assert len(layer.stores) == 3
+    assert layer.slots.index.shape[1] == heads or kind == "padding"
+    query = torch.randn(3, ratio * HEADS, 1, DIM, generator=torch.Generator().manual_seed(8))
+    assert torch.allclose(layer.attend(query, 0.4), by_copies(layer, query), atol=1e-5)
+
+
+def test_attention_where_heads_hold_most_tokens_but_not_the_same():
+    """The bias is worked out for all positions, then, not for those of every head."""
+    keys, values = draw(6, 60, 2)
+    layer = prefill(keys, values, draw_bits(6, 60, 2, HEADS, (4, 4, 4, FULL)), residual=0, key_bias=qwen(30.0))
+    step(layer, *draw(7, 2, 2), 2)
+    index = layer.stores[4].slots.index
+    assert HEADS * index.shape[2] > 62 and not torch.equal(index[:, 0], index[:, 1])
+    query = torch.randn(2, 3 * HEADS, 1, DIM, generator=torch.Generator().manual_seed(8))
+    assert torch.allclose(layer.attend(query, 0.4), by_copies(layer, query), atol=1e-5)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("few", [2, 4, 8])
+def test_attention_makes_no_copy_of_the_cache(biased, few, monkeypatch):
+    n, dim = 16384, 64
+    keys, values = (x.bfloat16() for x in draw(1, n, 1, dim))
+    rotary = modeling_qwen2.Qwen2RotaryEmbedding(Qwen2Config(hidden_size=4 * dim, num_attention_heads=4))
+    bias = KeyBias(torch.randn(HEADS, dim), rotary, modeling_qwen2.apply_rotary_pos_emb) if biased else None
+    bits = torch.full((1, 1, n), few, dtype=torch.int8)
+    layer = prefill(keys, values, bits, group=32, residual=64, key_bias=bias)
+    query = torch.randn(1, 4, 1, dim).bfloat16()
+    monkeypatch.setattr(mixed_module, "mixed_decode", mixed_decode._torch_form)  # so that what happens inside is seen
+    with Largest() as largest:
+        got = layer.attend(query, dim**-0.5)
+    whole = 2 * keys.nbytes
+    assert 0 < layer.transient <= 4 * mixed_decode.CHUNK < whole / 4
+    assert largest.bytes <= max(layer.transient, 4 * 4 * layer.held)
+    with Largest() as copied:
+        want = by_copies(layer, query, dim**-0.5)
+    assert copied.bytes >= whole / 2
+    assert torch.allclose(got, want, atol=0.02)
+
+
+def test_what_attention_copies_of_little_is_little():
+    assert mixed(n=4).transient == 0
+    layer = mixed(n=50, batch=2)
+    most = max(store.slots.index.shape[2] for store in layer.stores.values())
+    assert layer.transient == 2 * HEADS * most * DIM * 4
 
 
 # ---- eviction
@@ -592,6 +666,45 @@ def test_heads_with_the_same_positions_have_the_same_bias(axes):
     assert turned.any() and (axes == 1 or not turned[:1].any())
     same = shared[:1].expand(axes, -1, -1, -1)  # equal on all axes: as with one
     assert torch.allclose(bias.at(same), qwen(5.0).at(same[:1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+@pytest.mark.parametrize("groups", [1, HEADS])
+@pytest.mark.parametrize("at_once", [1, 7, 1024])
+def test_products_with_the_rotated_bias(axes, groups, at_once, monkeypatch):
+    monkeypatch.setattr(key_bias, "AT_ONCE", at_once)
+    bias = qwen(40.0)
+    if axes == 3:
+        config = Qwen2_5_VLTextConfig(
+            hidden_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        )
+        rotary = modeling_qwen2_5_vl.Qwen2_5_VLRotaryEmbedding(config)
+        bias = KeyBias(bias.bias, rotary, modeling_qwen2_5_vl.apply_rotary_pos_emb)
+    positions = torch.randint(0, 500, (axes, 3, groups, 11), generator=torch.Generator().manual_seed(3))
+    query = torch.randn(3, 3 * HEADS, 1, DIM)
+    want = query.double() @ bias.at(positions).double().repeat_interleave(3, 1).mT
+    assert torch.allclose(bias.logits(query, positions).double(), want[:, :, 0], atol=1e-4, rtol=1e-5)
+    half = bias.logits(query.bfloat16(), positions)
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, bias.logits(query.bfloat16().float(), positions))
+
+
+def test_products_where_only_some_channels_turn():
+    """As in models that rotate the first channels of a head, or pairs of neighbours."""
+
+    def rotate(query, key, cos, sin):
+        cos, sin = (x[:, None, :, :2].repeat_interleave(2, -1) for x in (cos, sin))
+        a, b = key[..., :4], key[..., 4:]
+        turned = torch.stack([-a[..., 1::2], a[..., ::2]], -1).flatten(-2)
+        return query, torch.cat([a * cos + turned * sin, b], -1)
+
+    config = Qwen2Config(hidden_size=16, num_attention_heads=4)
+    bias = KeyBias(torch.randn(HEADS, DIM), modeling_qwen2.Qwen2RotaryEmbedding(config), rotate)
+    positions, query = torch.randint(0, 90, (1, 2, 1, 5)), torch.randn(2, HEADS, 1, DIM)
+    assert torch.allclose(bias.logits(query, positions), (query @ bias.at(positions).mT)[:, :, 0], atol=1e-5)
 
 
 def test_no_bias_gives_the_same_codes():

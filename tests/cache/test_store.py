@@ -18,10 +18,16 @@ def draw(seed, batch, n, dim=DIM):
     return torch.randn(2, batch, HEADS, n, dim, generator=generator).unbind(0)
 
 
-def made(keys, values, slots=None, bits=4, dtype=torch.float16):
+def queries(batch):
+    """Mean and variance."""
+    generator = torch.Generator().manual_seed(9)
+    return 3 * torch.randn(batch, HEADS, DIM, generator=generator), torch.rand(batch, HEADS, DIM, generator=generator)
+
+
+def made(keys, values, slots=None, bits=4, dtype=torch.float16, asked=None):
     batch, _, n, _ = keys.shape
     slots = Slots(torch.arange(n).expand(batch, 1, n).int()) if slots is None else slots
-    return Store.make(bits, GROUP, keys, values, slots, dtype)
+    return Store.make(bits, GROUP, keys, values, slots, dtype, asked)
 
 
 def groups_of(store, b, h):
@@ -67,13 +73,14 @@ def test_keys_share_a_scale_along_tokens_and_values_along_channels():
     assert (got_values - values)[:, :, others].abs().max() < 0.02
 
 
-@given(st.lists(st.integers(1, 3), min_size=2, max_size=4), st.sampled_from([2, 4, 8]))
-def test_appending_is_making_all_at_once(counts, bits):
+@given(st.lists(st.integers(1, 3), min_size=2, max_size=4), st.sampled_from([2, 4, 8]), st.booleans())
+def test_appending_is_making_all_at_once(counts, bits, by_query):
     keys, values = draw(1, 2, sum(counts) * GROUP)
     index = torch.arange(sum(counts) * GROUP).expand(2, 1, -1).int()
-    whole = made(keys, values, bits=bits)
+    asked = queries(2) if by_query else None
+    whole = made(keys, values, bits=bits, asked=asked)
     parts = zip(*(x.split([c * GROUP for c in counts], 2) for x in (keys, values, index)), strict=True)
-    stores = [made(k, v, Slots(i), bits) for k, v, i in parts]
+    stores = [made(k, v, Slots(i), bits, asked=asked) for k, v, i in parts]
     store = stores[0]
     for new in stores[1:]:
         before = all_groups(store, 2)
@@ -108,6 +115,20 @@ def test_ragged_samples_and_heads_are_as_if_alone(rounds):
         assert all_groups(store, 2) == want
         # no more memory than the head that has most needs
         assert store.keys[0].shape[2] == store.slots.index.shape[2] // GROUP == max(map(len, want))
+
+
+def test_keys_in_2_bits_are_rounded_by_the_queries():
+    keys, values = draw(5, 2, 8 * GROUP)
+    asked = queries(2)
+    for bits in (2, 4, 8):
+        plain, by_query = made(keys, values, bits=bits), made(keys, values, bits=bits, asked=asked)
+        assert all(torch.equal(a, b) for a, b in zip(plain.values, by_query.values, strict=True))
+        assert [x.shape for x in plain.keys] == [x.shape for x in by_query.keys]
+        off = [
+            ((store.dense(torch.float32)[0] - keys) * asked[0][:, :, None]).sum(-1).square().mean()
+            for store in (plain, by_query)
+        ]
+        assert off[1] < 0.5 * off[0] if bits == 2 else off[1] == off[0]
 
 
 def test_compact_frees_groups_of_which_nothing_is_left():

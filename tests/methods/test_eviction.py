@@ -39,7 +39,7 @@ VLM = "llava-clip-llama"
 FEW = ("qwen2-hybrid", VLM)  # the rest is marked slow
 HEADS, KV_HEADS = 4, 2
 every_method = pytest.mark.parametrize("name", METHODS)
-kinds = pytest.mark.parametrize("kind", ["llama", "qwen3", VLM, "llava-clip-qwen2"])
+kinds = pytest.mark.parametrize("kind", ["llama", "qwen3", VLM, "llava-clip-qwen2", "qwen3-vl"])
 
 
 @torch.no_grad()
@@ -135,8 +135,9 @@ SAME = [(kind, name) for kind in KINDS for name in METHODS]
 @pytest.mark.parametrize(
     ("kind", "name", "attn", "shape"),
     [
-        pytest.param(*x.values, marks=(*x.marks, *(() if x.values[0] in FEW else (pytest.mark.slow,))))
+        pytest.param(*x.values, marks=(*x.marks, *(() if few else (pytest.mark.slow,))))
         for x in turns(SAME, ("sdpa", "eager"), SHAPES)
+        for few in [x.values[0] in FEW or x.values[:2] in (("qwen2-vl", "h2o"), ("qwen3-vl", "adakv"))]
     ],
 )
 @torch.no_grad()
@@ -155,7 +156,7 @@ def test_a_budget_for_everything_is_bit_identical(kind: str, name: str, attn: st
         assert all(map(torch.equal, patched_said.logits, said.logits))
 
 
-@pytest.mark.parametrize(("name", "kind"), turns(list(METHODS), ("llama", "qwen3", VLM)))
+@pytest.mark.parametrize(("name", "kind"), turns(list(METHODS), ("llama", "qwen3", VLM, "qwen2-vl")))
 @torch.no_grad()
 def test_a_padded_batch_is_its_samples(kind: str, name: str) -> None:
     model, batch = build(kind), inputs(kind, 3, pad=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vlmaccel
-from tests.support.drops import GREEDY, STEPS, KeepAll, answer_tokens, extend_mask
+from tests.support.drops import GREEDY, STEPS, KeepAll, answer_tokens, extend_mask, go_on
 from tests.support.memory import held_bytes
 from tests.support.models import DEPTH, build, inputs
 from vlmaccel.cache import PrunedSlidingLayer
@@ -20,7 +20,7 @@ from vlmaccel.methods.snapkv import SnapKV
 from vlmaccel.methods.streaming_llm import StreamingLLM
 from vlmaccel.methods.vl_cache import VLCache
 
-KINDS = ("llama", "qwen2", "llava-clip-llama", "mistral-sliding")
+KINDS = ("llama", "qwen2", "llava-clip-llama", "qwen2-vl", "mistral-sliding")
 kinds = pytest.mark.parametrize("kind", KINDS)
 SMALL = dict(group=4, residual=6, sinks=1, window=4)  # prompts here have 19 to 39 tokens
 
@@ -39,18 +39,12 @@ def run(model, batch, later=None):
     """Prompt logits (B, S, V), step logits (B, T, V) and the cache; positions are those of the real tokens."""
     later = answer_tokens(len(batch["input_ids"])) if later is None else later
     mask = batch["attention_mask"]
-    out = model(**batch, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True)
+    counted = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if "mm_token_type_ids" not in batch else {}
+    out = model(**batch, **counted, use_cache=True)
     prompt, steps = out.logits, []
     for t in range(later.shape[1]):
-        mask = extend_mask(batch["attention_mask"], t + 1)
-        at = mask.sum(1, keepdim=True) - 1
-        out = model(
-            later[:, t : t + 1],
-            attention_mask=mask,
-            position_ids=at,
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        )
+        at = {"position_ids": mask.sum(1, keepdim=True) + t} if counted else {}
+        out = go_on(model, batch, later[:, t : t + 1], t, out.past_key_values, **at)
         steps.append(out.logits[:, -1])
     return prompt, torch.stack(steps, 1), out.past_key_values
 
@@ -297,7 +291,7 @@ def test_half_precision_runs():
 # ---- generation
 
 
-@pytest.mark.parametrize("kind", ["llama", "llava-clip-llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "llava-clip-llama", "qwen2", "qwen3-vl"])
 def test_generation_is_the_loop(kind):
     model, batch = build(kind), inputs(kind, 3, pad=True)
     with vlmaccel.patched(model, method(keep=0.3)):
@@ -554,20 +548,24 @@ def gain(forward, model, *before, **options):
 
 @pytest.mark.parametrize(("bits", "limit"), [(4, 0.15), (2, 0.3)])
 @pytest.mark.parametrize("pad", [False, True])
-def test_a_large_bias_of_the_keys_costs_little(bits, limit, pad):
-    model, batch = planted("qwen2"), inputs("qwen2", 3, pad)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2-vl"])
+def test_a_large_bias_of_the_keys_costs_little(kind, bits, limit, pad):
+    model, batch = planted(kind), inputs(kind, 3, pad)
     assert gain(lambda: run(model, batch)[1], model, low_bits=bits) < limit
 
 
-def test_the_bias_is_that_of_the_entries_that_are_left():
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2-vl"])
+def test_the_bias_is_that_of_the_entries_that_are_left(kind):
     """Entries are evicted, in every head others."""
-    model, batch = planted("qwen2"), inputs("qwen2", 3, pad=True)
+    model, batch = planted(kind), inputs(kind, 3, pad=True)
     assert gain(lambda: run(model, batch)[1], model, SnapKV(budget=0.6, window=4)) < 0.25
 
 
-@pytest.mark.parametrize("positions", ["renumber", "keep"])
-def test_the_bias_of_tokens_that_were_dropped_before(positions):
-    model, batch = planted("llava-clip-qwen2"), inputs("llava-clip-qwen2", 3, pad=True)
+@pytest.mark.parametrize(
+    ("kind", "positions"), [("llava-clip-qwen2", "renumber"), ("llava-clip-qwen2", "keep"), ("qwen2-vl", "keep")]
+)
+def test_the_bias_of_tokens_that_were_dropped_before(kind, positions):
+    model, batch = planted(kind), inputs(kind, 3, pad=True)
     drop = PyramidDrop(layers=(0, 2, 4), ratio=0.7, positions=positions)
     assert gain(lambda: run(model, batch)[1], model, drop) < 0.25
 
@@ -602,13 +600,73 @@ def test_the_bias_is_followed_through_beams_and_copies():
     assert gain(forward, model) < 0.25
 
 
+# ---- rounding by the queries
+
+
+def queries_of(model, batch):
+    """[layer] (B, H, S, head_dim) rotated queries, worked out from what the projections give."""
+    found, text = [], model.model
+    hooks = [x.self_attn.q_proj.register_forward_hook(lambda m, a, out: found.append(out)) for x in text.layers]
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    try:
+        model(**batch, position_ids=positions)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    cos, sin = (x[:, None] for x in text.rotary_emb(found[0], positions))
+    states = [x.unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2) for x in found]
+    half = cos.shape[-1] // 2
+    return [x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin for x in states]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_queries_of_the_prompt_are_known_to_every_layer(kind):
+    model, batch = build(kind), inputs(kind, 3, pad=True)
+    cache = patched_run(model, batch, method(low_bits=2))[2]
+    for layer, query in zip(cache.layers, queries_of(model, batch), strict=True):
+        mean, variance = layer.asked
+        for b, real in enumerate(batch["attention_mask"].bool()):
+            mine = query[b, :, real].unflatten(0, (2, -1)).flatten(1, 2)
+            assert error(mean[b], mine.mean(1)) < 1e-5
+            assert error(variance[b], mine.var(1, unbiased=False)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({"low_bits": 2}, True),
+        ({"low_bits": 2, "by_query": False}, False),
+        ({"low_bits": 4}, False),
+        ({"by": "modality"}, True),
+        ({"by": "modality", "image_bits": 4, "video_bits": 4}, False),
+    ],
+    ids=str,
+)
+def test_queries_are_noted_where_2_bits_are_used(options, known):
+    cache = prefilled(build("llama"), inputs("llama", 2), method(**options))
+    assert all((layer.asked is not None) == known for layer in cache.layers)
+
+
+def test_rounding_by_the_queries_follows_beams_and_later_turns():
+    model, batch = build("llama"), inputs("llama", 3, pad=True)
+    with vlmaccel.patched(model, method(low_bits=2)):
+        cache = run(model, batch)[2]
+        before = [[x.clone() for x in layer.asked] for layer in cache.layers]
+        cache.reorder_cache(torch.tensor([2, 0, 0]))
+        for layer, old in zip(cache.layers, before, strict=True):
+            assert all(torch.equal(x, y[[2, 0, 0]]) for x, y in zip(layer.asked, old, strict=True))
+        later = second_turn(model, batch, *talk(3))[1]
+        assert not any(torch.equal(x.asked[0], y[0]) for x, y in zip(later.layers, before, strict=True))
+
+
 # ---- bytes, options
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "llava-clip-llama"])
-def test_bytes_are_those_of_every_tensor(kind):
+@pytest.mark.parametrize("low_bits", [2, 4])
+def test_bytes_are_those_of_every_tensor(kind, low_bits):
     model, batch = build(kind), inputs(kind, 3)
-    with vlmaccel.patched(model, method(keep=0.3)):
+    with vlmaccel.patched(model, method(keep=0.3, low_bits=low_bits)):
         cache = model(**batch, use_cache=True).past_key_values
         stats = vlmaccel.stats(model)
         assert [layer.nbytes for layer in cache.layers] == [held_bytes(layer) for layer in cache.layers]

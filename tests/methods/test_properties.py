@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmaccel
-from tests.support.drops import decode, extend_mask
-from tests.support.models import DEPTH, IMAGE, PAD, build, inputs
+from tests.support.drops import decode, with_answer
+from tests.support.models import DEPTH, IMAGE, PAD, QWEN, VLMS, build, inputs
+from tests.support.qwen_vl import alone as alone_with_pictures
 from vlmaccel.hooks import Method, Positions
 from vlmaccel.methods import (
     AttentionSum,
@@ -46,13 +47,18 @@ METHODS = {
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 VLM = "llava-clip-llama"
 TEXT = ("qwen3", "mistral-sliding")  # q and k norms; sliding windows; both grouped-query
-kinds = pytest.mark.parametrize("kind", [VLM, "llava-next", *TEXT])
+kinds = pytest.mark.parametrize("kind", [VLM, "llava-next", "qwen3-vl", *TEXT])
 
 
 def all_kept(method):
     if isinstance(method, PyramidDrop):
         return replace(method, ratio=1.0, layers=None)
     return replace(method, ratio=1.0)
+
+
+def fitting(kind, method):
+    """The method, with positions that the kind can have."""
+    return replace(method, positions="keep") if kind in QWEN else method
 
 
 @torch.no_grad()
@@ -65,6 +71,8 @@ def run(model, batch, method):
 
 def alone(batch, b, tokens_per_picture):
     """Sample b of a batch without its padding."""
+    if "mm_token_type_ids" in batch:
+        return alone_with_pictures(batch, b)
     real = batch["attention_mask"][b].bool()
     one = {k: batch[k][b : b + 1, real] for k in ("input_ids", "attention_mask")}
     if "pixel_values" in batch:
@@ -80,7 +88,7 @@ def alone(batch, b, tokens_per_picture):
 @torch.no_grad()
 def test_ratio_one_is_bit_identical(method, kind):
     model, batch = build(kind), inputs(kind, 3, pad=True)
-    logits, _ = run(model, batch, all_kept(method))
+    logits, _ = run(model, batch, all_kept(fitting(kind, method)))
     assert torch.equal(logits, model(**batch).logits)
 
 
@@ -88,7 +96,7 @@ def test_ratio_one_is_bit_identical(method, kind):
 @kinds
 def test_kept_indices_and_counts(method, kind):
     model, batch = build(kind), inputs(kind, 3, pad=True)
-    _, stats = run(model, batch, method)
+    _, stats = run(model, batch, fitting(kind, method))
     tokens = stats.token_map
     real = tokens.modality != Modality.PAD
     assert len(stats.stages) == len(method.stages(DEPTH))
@@ -108,7 +116,7 @@ def test_kept_indices_and_counts(method, kind):
                 here = tokens.image[b] == i
                 want = max(1, int(method.count(here.sum(), ratio)))
                 assert kept[b, here].sum() == want or (isinstance(method, Pool) and kept[b, here].sum() <= want)
-            if kind in (VLM, "llava-next"):
+            if kind in VLMS:
                 assert kept[b, real[b] & (tokens.image[b] < 0)].all()  # text stays
             else:
                 first, last = real[b].nonzero().flatten()[[0, -1]]
@@ -131,9 +139,9 @@ def test_text_only_sample_of_a_vlm_is_unaffected(method):
 
 
 @every_method
-@pytest.mark.parametrize("kind", [VLM, *TEXT])
+@pytest.mark.parametrize("kind", [VLM, "qwen2.5-vl", *TEXT])
 def test_a_batch_is_its_samples_alone(method, kind):
-    model, batch = build(kind), inputs(kind, 3, pad=True)
+    model, batch, method = build(kind), inputs(kind, 3, pad=True), fitting(kind, method)
     logits, stats = run(model, batch, method)
     for b in range(3):
         one, one_stats = run(model, alone(batch, b, 9), method)
@@ -157,20 +165,16 @@ def test_order_of_the_batch_does_not_matter(method, kind):
 
 
 @every_method
-@pytest.mark.parametrize("kind", [VLM, "qwen3"])
+@pytest.mark.parametrize("kind", [VLM, "qwen2-vl", "qwen3"])
 def test_decoding_over_the_cache_is_recomputing(method, kind):
     """Eight steps over the cache are one forward without a cache in which the same prompt tokens are dropped."""
-    model, batch = build(kind), inputs(kind, 3, pad=True)
+    model, batch, method = build(kind), inputs(kind, 3, pad=True), fitting(kind, method)
     later = torch.randint(2, 100, (3, 8), generator=torch.Generator().manual_seed(5))
     with vlmaccel.patched(model, method):
         _, steps = decode(model, batch, later)
         model(**batch)
         stages = {stage.layer: stage for stage in vlmaccel.stats(model).stages}
-    whole = {
-        **batch,
-        "input_ids": torch.cat([batch["input_ids"], later], 1),
-        "attention_mask": extend_mask(batch["attention_mask"], 8),
-    }
+    whole = with_answer(batch, later)
     with vlmaccel.patched(model, Replay(stages, method.positions, method.prop_attn, method.calibrated)):
         again = model(**whole, use_cache=False).logits[:, -8:]
     assert torch.allclose(steps, again, atol=5e-5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import vlmaccel
+from tests.support.drops import policy
 from tests.support.models import build, inputs
 from tests.support.reference import Reference
 from vlmaccel.methods import AttentionSum, FastV, Magnitude, NeighbourCosine, Pool, PyramidDrop, Random, Uniform
@@ -11,7 +12,7 @@ from vlmaccel.methods.baselines import SPREAD
 from vlmaccel.methods.pool import coarse_grid
 
 VLM = "llava-clip-llama"
-KINDS = ("llava-clip-llama", "llava-clip-qwen2", "qwen3", "mistral-sliding")
+KINDS = ("llava-clip-llama", "llava-clip-qwen2", "qwen2-vl", "qwen3-vl", "qwen3", "mistral-sliding")
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -49,7 +50,7 @@ def best(score, rows, segments, counts):
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 @kinds
 def test_pyramiddrop_ranks_by_each_stages_own_attention(kind, positions):
-    model, batch = build(kind), inputs(kind, 3, pad=True)
+    model, batch, positions = build(kind), inputs(kind, 3, pad=True), policy(kind, positions)
     method = PyramidDrop(ratio=0.6, layers=(1, 3, 4), positions=positions)
     stats, reference = stats_of(model, batch, method), Reference(model)
     for b, embeds in enumerate(reference.embed(batch)):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.models import QWEN
+from tests.support.mrope import places_behind
 from tests.support.reference import Positions, Reference, Schedule, Trace
 from vlmaccel.hooks import DecoderLayer, Method, Modality
 from vlmaccel.reduction import Reduction
@@ -66,6 +68,11 @@ class KeepAll(Method):
         return Reduction.select(torch.ones(batch, n, dtype=torch.bool))
 
 
+def policy(kind: str, positions: Positions) -> Positions:
+    """The position policy, or "keep" for a kind in which three positions a token leave nothing to count."""
+    return "keep" if kind in QWEN else positions
+
+
 def make_plan(
     mask: Tensor, layers: tuple[int, ...], seed: int = 0, ragged: bool = True, spare: tuple[int, ...] = ()
 ) -> Plan:
@@ -110,7 +117,7 @@ def reference_traces(
     traces = []
     for b, embeds in enumerate(reference.embed(batch)):
         schedule = schedule_of(plan, b, batch["attention_mask"])
-        sequence = torch.cat([embeds, reference.words(later[b])])
+        sequence = reference.followed(embeds, later[b])
         traces.append(reference.run(sequence, schedule, positions, prompt=len(embeds)))
     return traces
 
@@ -118,6 +125,14 @@ def reference_traces(
 def extend_mask(mask: Tensor, n: int) -> Tensor:
     """`mask` (B, S) with n more real tokens."""
     return torch.cat([mask, mask.new_ones(len(mask), n)], 1)
+
+
+def go_on(model: Any, batch: dict[str, Tensor], new: Tensor, seen: int, cache: Any, **options: Any) -> Any:
+    """A forward over the tokens `new` (B, n), where the cache holds a batch and `seen` tokens behind it."""
+    n = new.shape[1]
+    mask = extend_mask(batch["attention_mask"], seen + n)
+    options |= places_behind(model, batch, seen, n)
+    return model(new, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
 
 
 @torch.no_grad()
@@ -129,8 +144,7 @@ def decode(model: Any, batch: dict[str, Tensor], later: Tensor) -> tuple[Tensor,
     out = model(**batch, use_cache=True)
     prompt_logits, steps = out.logits, []
     for t in range(later.shape[1]):
-        mask = extend_mask(batch["attention_mask"], t + 1)
-        out = model(later[:, t : t + 1], attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+        out = go_on(model, batch, later[:, t : t + 1], t, out.past_key_values)
         steps.append(out.logits[:, -1])
     return prompt_logits, torch.stack(steps, 1)
 
@@ -153,6 +167,19 @@ def assert_like_reference(
         if step_logits is not None:
             error = float((step_logits[b] - trace.logits[~prompt]).abs().max())
             assert error < tolerance, f"sample {b}, steps: {error}"
+
+
+def with_answer(batch: dict[str, Tensor], later: Tensor) -> dict[str, Tensor]:
+    """The whole conversation as one prompt: a batch and the text tokens `later` (B, T) behind it."""
+    talk = {
+        **batch,
+        "input_ids": torch.cat([batch["input_ids"], later], 1),
+        "attention_mask": extend_mask(batch["attention_mask"], later.shape[1]),
+    }
+    if "mm_token_type_ids" in batch:
+        kinds = batch["mm_token_type_ids"]
+        talk["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(later.shape)], 1)
+    return talk
 
 
 def answer_tokens(batch: int) -> Tensor:

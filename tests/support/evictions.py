@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support import qwen_vl
 from tests.support.models import IMAGE
 from tests.support.reference import Positions, Reference, Trace
 from vlmaccel.methods import (
@@ -86,14 +87,16 @@ def reference_of(
     reference = Reference(model)
     traces = []
     for b, embeds in enumerate(reference.embed(batch)):
-        sequence = torch.cat([embeds, reference.words(later[b])])
+        sequence = reference.followed(embeds, later[b])
         schedule = None if schedules is None else schedules[b]
         traces.append(reference.run(sequence, schedule, positions, len(embeds), kept[b]))
     return traces
 
 
 def alone(batch: dict[str, Tensor], b: int) -> dict[str, Tensor]:
-    """Sample b of a batch without its padding; of the kinds whose pictures all have the same number of tokens."""
+    """Sample b of a batch without its padding; of Qwen-VL, and of kinds whose pictures all have the same number of tokens."""
+    if "mm_token_type_ids" in batch:
+        return qwen_vl.alone(batch, b)
     real = batch["attention_mask"][b].bool()
     one = {k: batch[k][b : b + 1, real] for k in ("input_ids", "attention_mask")}
     if "pixel_values" in batch:

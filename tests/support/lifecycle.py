@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.support.drops import FixedDrop, make_plan
+from tests.support.drops import FixedDrop, make_plan, policy
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
-MODELS = ("llama", "mistral-sliding", "llava-clip-llama", "llava-next")
+MODELS = ("llama", "mistral-sliding", "llava-clip-llama", "llava-next", "qwen3-vl")
 
 
 def anatomy(model: nn.Module) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def anatomy(model: nn.Module) -> dict[str, Any]:
 
 def drop(kind: str, batch: dict[str, Tensor], positions: Any = "renumber") -> FixedDrop:
     """The same tokens of `inputs(kind, 3, pad=True)` every time, in two stages."""
-    return FixedDrop(make_plan(batch["attention_mask"], (1, 3)), positions)
+    return FixedDrop(make_plan(batch["attention_mask"], (1, 3)), policy(kind, positions))
 
 
 @torch.no_grad()

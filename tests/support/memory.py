@@ -1,4 +1,4 @@
-"""What an object really holds: the storages of all tensors that can be reached from it."""
+"""What an object really holds, the storages of all tensors that can be reached from it, and what a function makes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmaccel.cache import KeyBias
 
@@ -36,3 +37,17 @@ def held_bytes(root: Any) -> int:
 
     walk(root)
     return sum(storages.values())
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made inside, views left out. It does not look into operators of our own."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out

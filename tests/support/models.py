@@ -16,6 +16,10 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from tests.support import qwen_vl, tiled
+from tests.support.qwen_vl import QWEN
+from tests.support.tiled import TILED
+
 VOCAB, IMAGE, VIDEO, PAD = 128, 120, 121, 0
 SIDE = 24  # pixels of the square picture a vision tower sees
 PATCH = 8  # so 3 x 3 patches
@@ -64,13 +68,14 @@ VLMS = (
     "llava-siglip-qwen2",
     "llava-next",
     "llava-onevision",
+    *QWEN,
 )
 KINDS = (*TEXT_CONFIGS, *VLMS)
 SLIDING = ("mistral-sliding", "qwen2-hybrid")
 
 
 def build(kind: str, attn: str = "sdpa") -> nn.Module:
-    """A fresh fp32 model of one of `KINDS` in eval mode; the same weights every time, whatever `attn` is."""
+    """A fresh fp32 model of one of `KINDS` or `TILED` in eval mode; the same weights every time, whatever `attn` is."""
     model = copy.deepcopy(_template(kind))
     model.set_attn_implementation(attn)
     return model
@@ -102,6 +107,11 @@ def _template(kind: str) -> nn.Module:
                 vision_aspect_ratio="anyres_max_4",  # the tallest pinpoint is over it and gets interpolated
             )
         )
+    elif kind in QWEN:
+        model = qwen_vl.make(kind, _TEXT, IMAGE, VIDEO)
+    elif kind in TILED:
+        text = TEXT_CONFIGS["qwen2" if kind == "internvl" else "llama"]()
+        model = tiled.make(kind, text, IMAGE)
     elif kind in VLMS:
         _, tower, text_name = kind.split("-")
         vision = hf.CLIPVisionConfig if tower == "clip" else hf.SiglipVisionConfig
@@ -114,7 +124,7 @@ def _template(kind: str) -> nn.Module:
             )
         )
     else:
-        raise ValueError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
+        raise ValueError(f"unknown kind {kind!r}; choose from {', '.join((*KINDS, *TILED))}")
     return _fill(model)
 
 
@@ -128,7 +138,8 @@ def _fill(model: Any) -> nn.Module:
             elif "embed" in name and "patch" not in name:
                 parameter.copy_(noise)
             else:
-                parameter.copy_(noise * 1.2 / math.sqrt(parameter[0].numel()))
+                inward = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()  # 3: one matrix an expert
+                parameter.copy_(noise * 1.2 / math.sqrt(inward))
     model.generation_config.eos_token_id = None  # every run has the length that was asked for
     model.generation_config.pad_token_id = PAD
     # a random model would otherwise write picture placeholders into its answers
@@ -142,8 +153,12 @@ def inputs(kind: str, batch: int = 1, pad: bool = False, video: bool = False) ->
     Sample 0 has three pictures, the first two with no text between them; sample 1 is text only; sample 2 has one
     picture (all text where the kind has no vision; sample b is laid out like sample b % 3). With `pad` the prompts
     differ in length and the shorter ones are padded on the left; without it they are filled up with text.
-    With `video` (llava-onevision only) the picture of sample 2 is a video of two frames.
+    With `video` the picture of sample 2 is a video of two frames in llava-onevision; in Qwen-VL there is a video before it.
     """
+    if kind in QWEN:
+        return qwen_vl.inputs(kind, qwen_vl.layouts(batch, video), pad, IMAGE, VIDEO, PAD)
+    if kind in TILED:
+        return tiled.inputs(kind, batch, pad, IMAGE, PAD)
     generator = torch.Generator().manual_seed(11)
     pictures: list[list[tuple[int, int]]] = []  # per sample, (height, width) of each of its pictures
     rows: list[list[int]] = []

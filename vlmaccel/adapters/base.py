@@ -18,6 +18,9 @@ from vlmaccel.run import Modality, TokenMap
 
 BUILTIN = (
     "llava",
+    "qwen_vl",
+    "internvl",
+    "idefics3",
     "timm_vit",
     "open_clip_vit",
     "transformers_vit",
@@ -30,7 +33,9 @@ class Parts:
     """Where a model keeps what the hooks need.
 
     base: the module that is given `input_ids` (and pictures). text: the decoder stack, which calls `layers` one after
-    the other, then `norm`; `rotary(hidden, position_ids)` gives cos and sin. `config` has the decoder's sizes.
+    the other, then `norm`; `rotary(hidden, position_ids)` gives cos and sin. `config` has the decoder's sizes. axes: positions
+    that a token has, 3 for time, row and column (M-RoPE). deepstack: after so many first layers, `text` adds features of the
+    pictures to its hidden states, which have to be whole there.
     """
 
     base: nn.Module
@@ -39,6 +44,8 @@ class Parts:
     norm: nn.Module
     rotary: nn.Module
     config: Any
+    axes: int = 1
+    deepstack: int = 0
 
 
 class Adapter:
@@ -121,40 +128,49 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def image_token_map(special: Tensor, lengths: list[int], grids: list[Tensor]) -> TokenMap:
-    """Token map of a batch whose image tokens are `special` (B, N) bool.
+def picture_token_map(
+    special: Tensor,
+    lengths: list[int],
+    modality: int,
+    others: TokenMap | None = None,
+    grids: list[Tensor] | None = None,
+) -> TokenMap:
+    """Token map of a batch whose tokens of a `modality`, image or video, are `special` (B, N) bool.
 
-    lengths: tokens of each picture, over the batch in order; grids: (length, 3) place of each picture's tokens.
-    Chunked prefill gives what a chunk has of all pictures in one piece; it is taken apart where the tokens are.
-    Raises ValueError if the pictures do not fill the image tokens, sample by sample.
+    lengths: tokens of each picture, over the batch in order. others: the map so far, None if all else is text; its pictures
+    come before these in every sample's count. grids: (length, 3) place of each picture's tokens, None if there is none.
+    Chunked prefill gives what a chunk has of all pictures in one piece; it is taken apart where the tokens are, of videos only
+    sample by sample, since there may be words between the frames of one.
+    Raises ValueError if the pictures do not fill the tokens, sample by sample.
     """
     if len(lengths) == 1 and lengths[0] == int(special.sum()):
-        lengths = run_lengths(special)
+        lengths = run_lengths(special) if modality == Modality.IMAGE else [n for n in special.sum(1).tolist() if n]
     batch, n = special.shape
+    what, shown = ("image", "pictures") if modality == Modality.IMAGE else ("video", "videos")
+    tokens = TokenMap.text(batch, n, special.device) if others is None else others
+    before = (tokens.image.amax(1) + 1).tolist()
     number: list[int] = []
     left = list(lengths)
     for sample, wanted in enumerate(special.sum(1).tolist()):
-        filled = count = 0
+        filled, count = 0, before[sample]
         while filled < wanted:
             if not left or filled + left[0] > wanted:
                 raise ValueError(
-                    f"sample {sample} has {wanted} image tokens, which the pictures given (of {lengths} tokens, in order "
-                    f"over the batch) do not fill: each sample needs one image token per feature of its pictures"
+                    f"sample {sample} has {wanted} {what} tokens, which the {shown} given (of {lengths} tokens, in order "
+                    f"over the batch) do not fill: each sample needs one {what} token per feature of its {shown}"
                 )
             number += [count] * left[0]
             filled, count = filled + left.pop(0), count + 1
     if left:
         raise ValueError(
-            f"{len(lengths)} pictures were given, but the image tokens of the prompts are filled by "
+            f"{len(lengths)} {shown} were given, but the {what} tokens of the prompts are filled by "
             f"{len(lengths) - len(left)}"
         )
-    tokens = TokenMap.text(batch, n, special.device)
-    modality = tokens.modality.masked_fill(special, Modality.IMAGE)
     image = tokens.image.masked_scatter(special, torch.tensor(number, dtype=torch.long, device=special.device))
     grid = tokens.grid.clone()
     if grids:
         grid[special] = torch.cat(grids).to(special.device)
-    return TokenMap(modality, image, grid)
+    return TokenMap(tokens.modality.masked_fill(special, modality), image, grid)
 
 
 def run_lengths(special: Tensor) -> list[int]:

@@ -17,10 +17,11 @@ from vlmaccel.adapters.base import Adapter, Parts, by_name
 from vlmaccel.adapters.decode import DecodeAttention
 from vlmaccel.adapters.entries import Entries
 from vlmaccel.adapters.scores import CacheScores, LayerScores
+from vlmaccel.adapters.sparse import SparseAttention, sparse_call
 from vlmaccel.adapters.view import View, apply_view, layer_view, renumbered
 from vlmaccel.cache import PrunedLayer, PrunedSlidingLayer, kv_bytes_by_layer, prunable, pruned_layer
 from vlmaccel.hooks import Attention, CacheEntries, DecoderLayer, Method, VisualTokens, check_fits
-from vlmaccel.reduction import Reduction
+from vlmaccel.reduction import Reduction, gather
 from vlmaccel.run import Run, Stage, TokenMap, padding_of
 
 
@@ -30,14 +31,15 @@ class Local(threading.local):
     call: dict[str, Any] | None = None
     tokens: TokenMap | None = None
     run: Run | None = None
-    attending: DecodeAttention | None = None
+    attending: DecodeAttention | SparseAttention | None = None
     entries: Entries | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
     """What the last prefill did. kv_bytes, kv_bytes_full: of the cache after it, layer by layer, and of an unpatched one.
-    kv_bytes_peak: the most that was held at a time. transient: the largest copy of a layer that a decode step makes."""
+    kv_bytes_peak: the most that was held at a time. transient: the largest copy of a layer that a decode step makes.
+    attended: (B,) by layer, share of the (row, key) pairs of causal attention that was computed, where it was not all."""
 
     tokens: TokenMap
     stages: tuple[Stage, ...]
@@ -46,6 +48,7 @@ class Finished:
     kv_bytes_full: tuple[int, ...]
     kv_bytes_peak: int
     transient: int
+    attended: dict[int, Tensor]
 
 
 class DecoderHooks:
@@ -62,7 +65,19 @@ class DecoderHooks:
         self.last: Finished | None = None
         self._local = Local()
         self._before = [method for method in methods if "visual_tokens" in method.hook_points()]
-        self._at = {point: self._acting(point) for point in ("decoder_layers", "attention_layers", "cache_layers")}
+        for method in methods:
+            if parts.axes > 1 and method.positions == "renumber":
+                raise NotImplementedError(
+                    f"{method!r} renumbers positions, and in {type(parts.base).__name__} a token has {parts.axes} of them (time, "
+                    'row, column), of which no order is left; use positions="keep"'
+                )
+        points = ("decoder_layers", "attention_layers", "sparse_layers", "cache_layers")
+        self._at = {point: self._acting(point) for point in points}
+        sparse = {method for acting in self._at["sparse_layers"].values() for method in acting}
+        if len(sparse) > 1:
+            raise ValueError(
+                f"only one method can take the place of attention, not {' and '.join(sorted(map(repr, sparse)))}"
+            )
 
     def _acting(self, point: str) -> dict[int, list[Method]]:
         """Which methods act at each decoder layer; raises ValueError for a layer that is not there."""
@@ -91,6 +106,8 @@ class DecoderHooks:
             before(layer, partial(self._on_layer, i))
             before(layer.self_attn, self._before_attention)
             handles.append(layer.self_attn.register_forward_hook(self._leave_attention, always_call=True))
+            if i < self.parts.deepstack:
+                handles.append(layer.register_forward_hook(self._whole_again))
             if i in self._at["attention_layers"]:
                 hook = partial(self._on_attention, i)
                 handles.append(layer.self_attn.register_forward_hook(hook, with_kwargs=True))
@@ -163,6 +180,8 @@ class DecoderHooks:
             return None
         hidden, cache = (args[0] if args else kwargs["hidden_states"]), cache_of(kwargs)
         held = cache.layers[i] if cache is not None and i < len(cache.layers) else None
+        if run.index is not None and 0 < i <= self.parts.deepstack:
+            hidden = gather(hidden, run.index.to(hidden.device))
         if run.may_reduce:
             hidden = self._reduce(run, i, module, hidden, kwargs, held)
             if i in self._at["attention_layers"]:
@@ -180,7 +199,8 @@ class DecoderHooks:
                 "attention_mask": None,
                 "position_embeddings": self._embedding(run, kwargs, held, hidden),
             }
-        if not keeps and not _needs_mask(run, held, kwargs):
+        sparse = run.may_reduce and i in self._at["sparse_layers"]
+        if not keeps and not sparse and not _needs_mask(run, held, kwargs):
             # the common decode step: only positions may differ, and the cache counts its slots by itself
             if not isinstance(held, PrunedLayer) or held.removed is None:
                 return None
@@ -188,6 +208,8 @@ class DecoderHooks:
         view = layer_view(run, self.parts, kwargs, held, hidden)
         if isinstance(held, PrunedLayer):
             held.expect(view.columns, run.length)
+        if sparse:
+            view, self._local.attending = sparse_call(run, self.parts, i, view, self._at["sparse_layers"][i][0])
         kwargs = apply_view(view, kwargs, run.reduction is not None)
         if args:
             return (hidden, *args[1:]), kwargs
@@ -220,6 +242,13 @@ class DecoderHooks:
             attending.__exit__(None, None, None)
 
     @torch.compiler.disable
+    def _whole_again(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """What is left of the sequence at its places in the whole, for the features that the decoder adds there; the next
+        layer takes it out again."""
+        run = self._local.run
+        return None if run is None or run.index is None else scattered(output, run)
+
+    @torch.compiler.disable
     def _on_rotary(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         run = self._local.run
         if run is not None and run.positions is None:
@@ -244,8 +273,11 @@ class DecoderHooks:
             return hidden
         hidden = reduction.apply(hidden, run.size)
         weighed = method.prop_attn is None or method.prop_attn
-        run.reduce(i, reduction, method.positions == "renumber", weighed, method.calibrated)
+        run.reduce(i, reduction, self._renumbers(method), weighed, method.calibrated)
         return hidden
+
+    def _renumbers(self, method: Method) -> bool:
+        return method.positions == "renumber" or (method.positions is None and self.parts.axes == 1)
 
     @torch.compiler.disable
     def _on_attention(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -290,10 +322,10 @@ class DecoderHooks:
         labels, group = run.labels, run.reduction.group
         if labels is not None and labels.shape == group.shape and bool(((labels != -100) & (group < 0)).any()):
             raise ValueError("a token that has a label was dropped; only tokens with the label -100 may be")
+        if self.parts.deepstack == self.depth:
+            return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        keep = run.reduction.keep.to(hidden.device)
-        whole = hidden.new_zeros(hidden.shape[0], run.length, hidden.shape[-1])
-        return (whole.scatter(1, keep[..., None].expand_as(hidden), hidden), *args[1:]), {}
+        return (scattered(hidden, run), *args[1:]), {}
 
     @torch.compiler.disable
     def _after_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -309,7 +341,7 @@ class DecoderHooks:
         peak = max(sum(held), 0 if entries is None else entries.peak)
         layers = [] if cache is None else cache.layers
         transient = max((layer.transient for layer in layers if isinstance(layer, PrunedLayer)), default=0)
-        self.last = Finished(run.tokens, tuple(run.stages), run.past, held, full, peak, transient)
+        self.last = Finished(run.tokens, tuple(run.stages), run.past, held, full, peak, transient, run.attended)
 
 
 class Later:
@@ -335,6 +367,14 @@ class Later:
             view = layer_view(run, parts, kwargs, held, hidden)
             self._scores = LayerScores(module.self_attn, module.input_layernorm(hidden), view, run.past)
         return self._scores
+
+
+def scattered(hidden: Tensor, run: Run) -> Tensor:
+    """(B, length, D) hidden states of the remaining tokens (B, n, D) at their places in the sequence, 0 elsewhere."""
+    assert run.reduction is not None
+    keep = run.reduction.keep.to(hidden.device)
+    whole = hidden.new_zeros(hidden.shape[0], run.length, hidden.shape[-1])
+    return whole.scatter(1, keep[..., None].expand_as(hidden), hidden)
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:

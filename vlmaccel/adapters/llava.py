@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from math import isqrt
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmaccel.adapters.base import Adapter, Parts, image_token_map
+from vlmaccel.adapters.base import Adapter, Parts, picture_token_map
+from vlmaccel.adapters.pictures import encode_pictures, nowhere, placeholders, raster
 from vlmaccel.adapters.text import decoder_parts
 from vlmaccel.adapters.transformers_vit import vision_parts
 from vlmaccel.adapters.vision import VisionParts
@@ -23,7 +23,6 @@ CLASSES = tuple(
     for family in ("Llava", "LlavaNext", "LlavaOnevision")
     for head in ("ForConditionalGeneration", "Model")
 )
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class LlavaAdapter(Adapter):
@@ -63,37 +62,13 @@ class LlavaAdapter(Adapter):
         if encoded.get("image") is not None:
             features = list(encoded["image"].pooler_output)
             grids = [patch_grid(base, f) for f in features]
-            tokens = image_token_map(placeholders(base, inputs, "image"), [len(f) for f in features], grids)
+            special = placeholders(base, inputs, "image")
+            tokens = picture_token_map(special, [len(f) for f in features], Modality.IMAGE, None, grids)
         if encoded.get("video") is not None:
             special = placeholders(base, inputs, "video")
-            tokens = tokens or TokenMap.text(special.shape[0], special.shape[1], special.device)
-            modality = tokens.modality.masked_fill(special, Modality.VIDEO)
-            tokens = TokenMap(modality, tokens.image, tokens.grid)
+            lengths = [len(video) for video in encoded["video"].pooler_output]
+            tokens = picture_token_map(special, lengths, Modality.VIDEO, tokens)
         return inputs, tokens
-
-
-def encode_pictures(base: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Run the vision tower as `generate` does, so that one route tells every picture's number of tokens."""
-    if inputs.get("mm_encoder_outputs") is not None:
-        return inputs
-    encoded = {}
-    for modality, pixels in PIXELS.items():
-        if inputs.get(pixels) is not None and inputs[pixels].shape[0] > 0:
-            encoder = getattr(base, f"get_{modality}_features")
-            wanted = [name for name in inspect.signature(encoder).parameters if name != "kwargs"]
-            encoded[modality] = encoder(**{name: inputs[name] for name in wanted if name in inputs}, return_dict=True)
-    if not encoded:
-        return inputs
-    return {**inputs, **dict.fromkeys(set(PIXELS.values()) & set(inputs)), "mm_encoder_outputs": encoded}
-
-
-def placeholders(base: nn.Module, inputs: dict[str, Any], modality: str) -> Tensor:
-    """(B, N) bool, the places that the model fills with the features of images or videos."""
-    token = getattr(base.config, f"{modality}_token_id")
-    if inputs.get("input_ids") is not None:
-        return inputs["input_ids"] == token
-    embeds = inputs["inputs_embeds"]
-    return (embeds == base.get_input_embeddings()(torch.tensor(token, device=embeds.device))).all(-1)
 
 
 def patch_grid(base: nn.Module, features: Tensor) -> Tensor:
@@ -119,17 +94,6 @@ def patch_grid(base: nn.Module, features: Tensor) -> Tensor:
     mosaic = raster(1, rest, rest // rows)
     mosaic[mosaic[:, 2] == rest // rows - 1, 2] = -1  # a newline has a row, but is no patch
     return torch.cat([whole, mosaic])
-
-
-def raster(view: int, n: int, width: int) -> Tensor:
-    """(n, 3) view, row and column of n tokens in rows of `width`."""
-    index = torch.arange(n)
-    return torch.stack([torch.full_like(index, view), index // width, index % width], 1)
-
-
-def nowhere(n: int) -> Tensor:
-    """(n, 3), tokens without a place in a grid."""
-    return torch.full((n, 3), -1)
 
 
 ADAPTER = LlavaAdapter()

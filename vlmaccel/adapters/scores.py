@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmaccel.adapters.masks import add_size, causal_mask, hide, per_head
+from vlmaccel.adapters.masks import causal_mask, per_head
 from vlmaccel.adapters.view import View
 from vlmaccel.cache import KeyBias, PrunedLayer
+from vlmaccel.kernels.attention_rows import attention_rows
 from vlmaccel.kernels.score_rows import score_rows
 from vlmaccel.reduction import gather
 from vlmaccel.run import Run
@@ -52,7 +53,7 @@ class LayerScores:
             self._keys = new if past is None else torch.cat([past, new], 2)
         query = self._rotated("q", rows)
         mask = self._mask_rows(rows, query.shape[1])
-        return score_rows(query, self._keys, mask, self._attention.scaling)[..., -self._normed.shape[1] :]
+        return attention_rows(query, self._keys, mask, self._attention.scaling)[..., -self._normed.shape[1] :]
 
     @torch.no_grad()
     def keys(self) -> Tensor:
@@ -105,15 +106,34 @@ class CacheScores:
         slots = entries.slots
         assert slots is not None
         heads = query.shape[1]
-        logical = rows if run.index is None else run.index.to(rows.device).gather(1, rows)
-        window = getattr(entries, "sliding_window", None)
-        mask = causal_mask(logical, per_head(slots.index, heads), run.past, window)
-        if run.padding is not None:
-            mask = mask & ~per_head(slots.padded(run.padding), heads)[:, :, None]
-        if slots.size is not None:
-            mask = hide(mask, per_head(slots.size > 0, heads)[:, :, None])
-            mask = add_size(mask, per_head(slots.size, heads), torch.float) if slots.prop_attn else mask
-        return score_rows(query, entries.dense()[0], mask, self._attention.scaling)
+        mask = causal_mask(self._logical(rows), per_head(slots.index, heads), run.past, _window(entries))
+        bias = slots.bias(run.padding)
+        if bias is not None:
+            mask = torch.where(mask, per_head(bias, heads)[:, :, None], -torch.inf)
+        return attention_rows(query, entries.dense()[0], mask, self._attention.scaling)
+
+    @torch.no_grad()
+    def received(self, rows: Tensor, counts: Tensor, reduce: str) -> Tensor:
+        """See `vlmaccel.hooks.EntryScores.received`."""
+        rows = rows.to(self._hidden.device)
+        query, entries, run = self.queries(rows), self._entries(), self._run
+        slots = entries.slots
+        assert slots is not None
+        row = (self._logical(rows) + run.past).masked_fill(~counts.to(rows.device), -1)
+        return score_rows(
+            query,
+            entries.dense()[0],
+            row,
+            slots.index,
+            slots.bias(run.padding),
+            self._attention.scaling,
+            _window(entries) or 0,
+            reduce,
+        )
+
+    def _logical(self, rows: Tensor) -> Tensor:
+        """(B, Q) which of the new tokens rows are."""
+        return rows if self._run.index is None else self._run.index.to(rows.device).gather(1, rows)
 
     @torch.no_grad()
     def output(self) -> Tensor:
@@ -128,3 +148,7 @@ class CacheScores:
             return None
         rotate = sys.modules[type(self._attention).__module__].apply_rotary_pos_emb
         return KeyBias(bias.unflatten(0, (-1, self._attention.head_dim)), self._rotary, rotate)
+
+
+def _window(entries: PrunedLayer) -> int | None:
+    return getattr(entries, "sliding_window", None)

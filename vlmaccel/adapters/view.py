@@ -99,6 +99,8 @@ def _columns(run: Run, before: Slots | None, hidden: Tensor) -> Slots:
 def _turned(run: Run, parts: Parts, hidden: Tensor) -> Tensor:
     """(past + length,) float32, mean cosine of the angles by which rotary positions turn keys over each distance."""
     distance = torch.arange(run.past + run.length, device=hidden.device)[None]
+    if parts.axes > 1:
+        distance = distance.expand(parts.axes, 1, -1)
     cos = parts.rotary(hidden.float(), position_ids=distance)[0][0]
     return cos.mean(-1) / cos[0].mean()
 

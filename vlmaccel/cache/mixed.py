@@ -13,7 +13,7 @@ from vlmaccel.cache.key_bias import KeyBias
 from vlmaccel.cache.pruned import PrunedLayer
 from vlmaccel.cache.slots import Slots, extend, take
 from vlmaccel.cache.store import Store
-from vlmaccel.kernels.decode_attention import decode_attention
+from vlmaccel.kernels.mixed_decode import CHUNK, mixed_decode
 from vlmaccel.kernels.quantize_pack import scale_dtype
 from vlmaccel.reduction import Reduction
 
@@ -29,12 +29,15 @@ class MixedLayer(PrunedLayer):
     on how it came in: of each precision the oldest multiple of `group` behind the residual window. Codes never change.
     key_bias: what is taken off the keys before they are quantised and put back on when they are read, or None.
     positions: (P, B, N) int32 of all tokens seen, for that.
+    asked: mean and variance of the last prompt's queries, (B, H_kv, head_dim) float32 each, by which keys in 2 bits are
+        rounded from now on (see `quantize_keys`), or None.
     """
 
     def __init__(self, group: int, residual: int, default: int, key_bias: KeyBias | None = None) -> None:
         super().__init__()
         self.group, self.residual, self.default, self.key_bias = group, residual, default, key_bias
         self.positions: Tensor | None = None
+        self.asked: tuple[Tensor, Tensor] | None = None
         self.stores: dict[int, Store] = {}
         self._attending = False
         # (B, G, e) int8, bits that entries in full precision are to have; 0: not decided
@@ -106,8 +109,33 @@ class MixedLayer(PrunedLayer):
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         self._attending = False
-        keys, values = self.dense()
-        return decode_attention(query, keys, values, self._bias(self.slots), scale)
+        stores = self._in_order()
+        packed = [x for store in stores for x in store.packed]
+        bits = [store.bits for store in stores]
+        return mixed_decode(query, self.keys, self.values, packed, bits, self._bias_of(query, scale), scale)
+
+    def _bias_of(self, query: Tensor, scale: float) -> Tensor | None:
+        """(B, G or H, m) float32 on the logits: what the slots ask for, and the bias of the keys in few bits."""
+        bias = self._bias(self.slots)
+        if self.key_bias is None or not self.stores:
+            return bias
+        kv_heads, heads = self.keys.shape[1], query.shape[1]
+        parts = [self._key_bias_logits(query, store.slots).mul_(scale) for store in self._in_order()]
+        added = torch.cat([*parts, query.new_zeros(query.shape[0], heads, self._exact, dtype=torch.float)], 2)
+        if bias is not None:
+            by_kv_head = added.unflatten(1, (kv_heads, -1))
+            by_kv_head += bias[:, :, None]
+        return added
+
+    def _key_bias_logits(self, query: Tensor, slots: Slots) -> Tensor:
+        """(B, H, n) float32, products of the query and the bias of the keys at slots, not scaled."""
+        assert self.key_bias is not None and self.positions is not None
+        groups, n = slots.index.shape[1:]
+        if groups * n <= self.positions.shape[2]:
+            return self.key_bias.logits(query, self._positions(slots))
+        known = self.key_bias.logits(query, self.positions[:, :, None]).unflatten(1, (groups, -1))
+        index = slots.index.long()[:, :, None].expand(-1, -1, known.shape[2], -1)
+        return known.gather(3, index).flatten(1, 2)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """(B, H_kv, m, head_dim) keys and values of every entry, in the dtype of the model: a copy, but for an empty store."""
@@ -125,9 +153,10 @@ class MixedLayer(PrunedLayer):
 
     @property
     def transient(self) -> int:
-        """Bytes of what `dense` makes at every decode step."""
-        per_entry = sum(x.shape[0] * x.shape[1] * x.shape[3] * x.element_size() for x in (self.keys, self.values))
-        return per_entry * self.held if self.stores else 0
+        """Bytes of what `attend` unpacks at a time, at most: a GPU's kernel does it in registers."""
+        batch, kv_heads, _, dim = self.keys.shape
+        most = max((store.slots.index.shape[2] for store in self.stores.values()), default=0)
+        return min(CHUNK, batch * kv_heads * most * dim) * torch.float.itemsize
 
     def _positions(self, slots: Slots) -> Tensor:
         """(P, B, G, n) positions of slots."""
@@ -196,7 +225,7 @@ class MixedLayer(PrunedLayer):
             keys = keys.float() - self.key_bias.at(self._positions(chosen))
         # a filler must not widen the range of a group; groups are whole, so that it is alone with others
         dtype = scale_dtype(torch.cat([keys.flatten(), values.flatten().to(keys.dtype)]))
-        new = Store.make(bits, self.group, keys, values, chosen, dtype)
+        new = Store.make(bits, self.group, keys, values, chosen, dtype, self.asked)
         new.notes = {name: take(x, keep) for name, x in self.notes.items()}
         if bits in self.stores:
             self.stores[bits].append(new)
@@ -290,19 +319,21 @@ class MixedLayer(PrunedLayer):
         self.padding = None if self.padding is None else change(self.padding)
         if self.positions is not None:
             self.positions = change(self.positions.transpose(0, 1)).transpose(0, 1)
+        if self.asked is not None:
+            self.asked = change(self.asked[0]), change(self.asked[1])
         for store in self.stores.values():
             store.map(change)
 
     def reset(self) -> None:
         super().reset()
-        self.stores, self.positions, self._target, self._due = {}, None, None, 0
+        self.stores, self.positions, self.asked, self._target, self._due = {}, None, None, None, 0
 
     @property
     def nbytes(self) -> int:
         if not self.held:
             return 0
         entries = self.keys.nbytes + self.values.nbytes if self._room is None else self._room.nbytes
-        known = sum(x.nbytes for x in (self.positions, self._target) if x is not None)
+        known = sum(x.nbytes for x in (self.positions, self._target, *(self.asked or ())) if x is not None)
         rest = sum(x.nbytes for x in self.notes.values()) + sum(store.nbytes for store in self.stores.values())
         return entries + self.exact_slots.nbytes + known + rest
 

@@ -123,14 +123,7 @@ class PrunedLayer(DynamicLayer):
 
     def _bias(self, slots: Slots | None) -> Tensor | None:
         """(B, G, k) float32 on the logits of the entries that slots are of, None where nothing is hidden or weighed."""
-        if slots is None or (slots.size is None and self.padding is None):
-            return None
-        sizes = slots.sizes
-        bias = sizes.clamp(min=1).float().log() if slots.prop_attn else torch.zeros_like(sizes, dtype=torch.float)
-        bias = bias.masked_fill(sizes == 0, -torch.inf)
-        if self.padding is None:
-            return bias
-        return bias.masked_fill(slots.padded(self.padding), -torch.inf)
+        return None if slots is None else slots.bias(self.padding)
 
     def announce_attend(self, padding: Tensor | None) -> None:
         """`attend` will follow the next `update`. padding: (B, N) bool, of the whole sequence, or None."""

@@ -57,6 +57,16 @@ class Slots:
         padding = padding.to(self.index.device)[:, None].expand(-1, self.index.shape[1], -1)
         return padding.gather(2, self.index.long())
 
+    def bias(self, padding: Tensor | None) -> Tensor | None:
+        """(B, G, m) float32 on the logits of the slots: log of a size that counts, -inf for fillers and padding (B, N) bool;
+        None where nothing is hidden or weighed."""
+        if self.size is None and padding is None:
+            return None
+        sizes = self.sizes
+        bias = sizes.clamp(min=1).float().log() if self.prop_attn else torch.zeros_like(sizes, dtype=torch.float)
+        bias = bias.masked_fill(sizes == 0, -torch.inf)
+        return bias if padding is None else bias.masked_fill(self.padded(padding), -torch.inf)
+
     def compact(self) -> Slots:
         """The same in the integers that a cache holds them in."""
         size = None if self.size is None else self.size.int()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmaccel.cache.slots import Slots, take
+from vlmaccel.kernels.quantize_keys import quantize_keys
 from vlmaccel.kernels.quantize_pack import dequantize, quantize_pack
 
 
@@ -30,16 +31,29 @@ class Store:
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, bits: int, group: int, keys: Tensor, values: Tensor, slots: Slots, dtype: torch.dtype) -> Store:
-        """Quantise keys and values (B, H_kv, n, head_dim), n a multiple of `group`; dtype: of scales and zeros."""
+    def make(
+        cls,
+        bits: int,
+        group: int,
+        keys: Tensor,
+        values: Tensor,
+        slots: Slots,
+        dtype: torch.dtype,
+        asked: tuple[Tensor, Tensor] | None = None,
+    ) -> Store:
+        """Quantise keys and values (B, H_kv, n, head_dim), n a multiple of `group`; dtype: of scales and zeros.
+
+        asked: mean and variance of the queries, (B, H_kv, head_dim) each, for keys in 2 bits to be rounded by; others are
+        rounded to the nearest code.
+        """
         channels = channels_of(values.shape[-1], group)
-        keys, values = (x.unflatten(2, (-1, group)) for x in (keys, values))
+        packed = (
+            quantize_pack(keys.unflatten(2, (-1, group)), bits, group, -2, dtype)
+            if asked is None or bits > 2
+            else _by_group(quantize_keys(keys, *asked, bits, group, dtype), group)
+        )
         return cls(
-            bits,
-            group,
-            quantize_pack(keys, bits, group, -2, dtype),
-            quantize_pack(values, bits, channels, -1, dtype),
-            slots,
+            bits, group, packed, quantize_pack(values.unflatten(2, (-1, group)), bits, channels, -1, dtype), slots
         )
 
     def append(self, new: Store) -> None:
@@ -72,6 +86,11 @@ class Store:
         self.slots = self.slots.take(entries)
         self.notes = {name: take(x, entries) for name, x in self.notes.items()}
 
+    @property
+    def packed(self) -> list[Tensor]:
+        """The six tensors as `mixed_decode` takes them: (B, H_kv, N * group, ...) codes and so on, no copies."""
+        return [x.flatten(2, 3) for x in (*self.keys, *self.values)]
+
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(B, H_kv, N * group, head_dim) keys and values."""
         return (
@@ -89,6 +108,12 @@ class Store:
     def nbytes(self) -> int:
         """Codes, scales, zeros, and what tells which tokens they are."""
         return sum(x.nbytes for x in (*self.keys, *self.values)) + self.slots.nbytes
+
+
+def _by_group(packed: tuple[Tensor, Tensor, Tensor], group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `quantize_keys` gives as a store holds it."""
+    codes, scale, zero = packed
+    return codes.unflatten(2, (-1, group)), scale.unsqueeze(3), zero.unsqueeze(3)
 
 
 def channels_of(dim: int, group: int) -> int:

@@ -5,9 +5,13 @@ Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, arXiv 2210.09461,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from vlmaccel.kernels.dispatch import gpu_form
 
 _LIB = torch.library.Library("vlmaccel", "FRAGMENT")
 _LIB.define("bipartite_match(Tensor metric, int r, int prefix) -> (Tensor keep, Tensor group)")
@@ -48,17 +52,21 @@ def reference(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
     return torch.stack(keeps), torch.stack(groups)
 
 
-def _torch_form(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
+def match(
+    metric: Tensor, r: int, prefix: int, likest: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """What all forms share: `bipartite_match` with the search for pairs, which is nearly all of its work, left to `likest`.
+
+    likest(metric, first_a, first_b): cosine (B, number of A) float32 and place among the B tokens, int64, of the likest B
+    token of each A token. A tokens are every second one from first_a on, and so are B tokens from first_b on.
+    """
     batch, n, _ = metric.shape
     index = torch.arange(n, device=metric.device)
     r = merged(n, r, prefix)
     if r == 0:
         return index.repeat(batch, 1), index.repeat(batch, 1)
     first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
-    metric = metric.float()
-    unit = metric / metric.norm(dim=-1, keepdim=True).clamp_(min=1e-6)
-    # max gives the lowest index of equal values, as argmax does, and is several times as fast on CPUs
-    best, partner = torch.bmm(unit[:, first_a::2], unit[:, first_b::2].mT).max(-1)
+    best, partner = likest(metric, first_a, first_b)
     order = best.sort(dim=-1, descending=True, stable=True).indices
     source, left = order[:, :r], order[:, r:]
     left = left.sort().values if prefix else left
@@ -68,6 +76,17 @@ def _torch_form(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
     return keep, group.scatter_(1, source * 2 + first_a, joined)
 
 
+def _likest(metric: Tensor, first_a: int, first_b: int) -> tuple[Tensor, Tensor]:
+    metric = metric.float()
+    unit = metric / metric.norm(dim=-1, keepdim=True).clamp_(min=1e-6)
+    # max gives the lowest index of equal values, as argmax does, and is several times as fast on CPUs
+    return torch.bmm(unit[:, first_a::2], unit[:, first_b::2].mT).max(-1)
+
+
+def _torch_form(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
+    return match(metric, r, prefix, _likest)
+
+
 def _fake(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
     batch, n, _ = metric.shape
     keep = metric.new_empty(batch, n - merged(n, r, prefix), dtype=torch.long)
@@ -75,4 +94,5 @@ def _fake(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
 
 
 _LIB.impl("bipartite_match", _torch_form, "CompositeExplicitAutograd")
+_LIB.impl("bipartite_match", gpu_form("bipartite_match", _torch_form), "CUDA")
 torch.library.register_fake("vlmaccel::bipartite_match", _fake, lib=_LIB)

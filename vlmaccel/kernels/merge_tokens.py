@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from vlmaccel.kernels.dispatch import gpu_form
+
 _LIB = torch.library.Library("vlmaccel", "FRAGMENT")
 _LIB.define("merge_tokens(Tensor x, Tensor group, Tensor? size, int n) -> Tensor")
 
@@ -35,29 +37,37 @@ def reference(x: Tensor, group: Tensor, size: Tensor | None, n: int) -> Tensor:
     return out.to(x.dtype)
 
 
-def _layout(x: Tensor, group: Tensor, size: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
-    """(B * N,) each: the slot of every token, counted over the batch, B * n for one that is dropped; and its share of that
-    slot, in the dtype of x."""
+def slots(group: Tensor, n: int) -> Tensor:
+    """(B * N,): the slot of every token, counted over the batch, B * n for one that is dropped."""
     batch = group.shape[0]
     if batch == 1:
-        slot = group[0].remainder(n + 1)
-    else:
-        slot = torch.where(
-            group < 0, batch * n, group + n * torch.arange(batch, device=group.device)[:, None]
-        ).flatten()
+        return group[0].remainder(n + 1)
+    first = n * torch.arange(batch, device=group.device)[:, None]
+    return torch.where(group < 0, batch * n, group + first).flatten()
+
+
+def _shares(slot: Tensor, x: Tensor, size: Tensor | None, n: int) -> Tensor:
+    """(B * N,): the share that every token has of its slot, in the dtype of x."""
     exact = torch.promote_types(x.dtype, torch.float)
     weight = x.new_ones(slot.shape, dtype=exact) if size is None else size.flatten().to(exact)
-    total = weight.new_zeros(batch * n + 1).index_add_(0, slot, weight)
-    return slot, (weight / total.clamp_(min=1e-9).index_select(0, slot)).to(x.dtype)
+    total = weight.new_zeros(x.shape[0] * n + 1).index_add_(0, slot, weight)
+    return (weight / total.clamp_(min=1e-9).index_select(0, slot)).to(x.dtype)
+
+
+def by_slot(slot: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Tokens sorted by slot, which keep their order in it, and where each slot starts, the end (of those kept) included.
+
+    slot: (B * N,), from 0 to `count`. Returns (B * N,) and (count + 1,), both int64.
+    """
+    ordered, order = slot.sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(count + 1, device=slot.device))
 
 
 def _torch_form(x: Tensor, group: Tensor, size: Tensor | None, n: int) -> Tensor:
     batch, _, width = x.shape
-    slot, weight = _layout(x, group, size, n)
-    by_slot, order = slot.sort(stable=True)
-    # the last bag is what is dropped
-    start = torch.searchsorted(by_slot, torch.arange(batch * n + 1, device=x.device))
-    rows, share = x.reshape(-1, width), weight.index_select(0, order)
+    slot = slots(group, n)
+    order, start = by_slot(slot, batch * n)  # the last bag is what is dropped
+    rows, share = x.reshape(-1, width), _shares(slot, x, size, n).index_select(0, order)
     out = embedding_bag(order, rows, start, mode="sum", per_sample_weights=share)
     return out[: batch * n].view(batch, n, width)
 
@@ -73,7 +83,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     group, size = ctx.saved_tensors
-    share = _layout(grad, group, size, ctx.n)[1].view(group.shape).masked_fill(group < 0, 0)
+    share = _shares(slots(group, ctx.n), grad, size, ctx.n).view(group.shape).masked_fill(group < 0, 0)
     return (
         grad.gather(1, group.clamp(min=0)[..., None].expand(-1, -1, grad.shape[2])) * share[..., None],
         None,
@@ -83,5 +93,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 
 _LIB.impl("merge_tokens", _torch_form, "CompositeExplicitAutograd")
+_LIB.impl("merge_tokens", gpu_form("merge_tokens", _torch_form), "CUDA")
 torch.library.register_fake("vlmaccel::merge_tokens", _fake, lib=_LIB)
 torch.library.register_autograd("vlmaccel::merge_tokens", _backward, setup_context=_keep_for_backward, lib=_LIB)

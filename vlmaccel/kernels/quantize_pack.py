@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlmaccel.kernels.dispatch import gpu_form
+
 _LIB = torch.library.Library("vlmaccel", "FRAGMENT")
 _LIB.define(
     "quantize_pack(Tensor x, int bits, int group, int dim, ScalarType dtype) -> (Tensor codes, Tensor scale, Tensor zero)"
@@ -64,11 +66,16 @@ def _torch_form(x: Tensor, bits: int, group: int, dim: int, dtype: torch.dtype) 
     zero = low.to(dtype)
     scale = ((high - zero.float()) / (2**bits - 1)).clamp(min=TINY[dtype]).to(dtype)
     code = ((grouped - zero.float()) / scale.float()).round_().clamp_(0, 2**bits - 1)
-    parts = code.to(torch.uint8).view(x.shape).chunk(8 // bits, -1)
+    return pack(code.to(torch.uint8).view(x.shape), bits), scale.squeeze(inner), zero.squeeze(inner)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(..., d * bits / 8) uint8, the bytes of codes (..., d) uint8."""
+    parts = codes.chunk(8 // bits, -1)
     packed = parts[0].clone()
     for number, part in enumerate(parts[1:], 1):
         packed |= part << (bits * number)
-    return packed, scale.squeeze(inner), zero.squeeze(inner)
+    return packed
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -95,5 +102,7 @@ def _fake_dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dim:
 
 _LIB.impl("quantize_pack", _torch_form, "CompositeExplicitAutograd")
 _LIB.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+_LIB.impl("quantize_pack", gpu_form("quantize_pack", _torch_form), "CUDA")
+_LIB.impl("dequantize", gpu_form("dequantize", _dequantize), "CUDA")
 torch.library.register_fake("vlmaccel::quantize_pack", _fake_quantize, lib=_LIB)
 torch.library.register_fake("vlmaccel::dequantize", _fake_dequantize, lib=_LIB)

@@ -10,8 +10,10 @@ from vlmaccel.hooks import Method
 from vlmaccel.methods.adakv import AdaKV
 from vlmaccel.methods.attention_sum import AttentionSum
 from vlmaccel.methods.baselines import Random, Uniform
+from vlmaccel.methods.block_sparse import BlockSparse
 from vlmaccel.methods.entropy import EntropyEviction
 from vlmaccel.methods.fastv import FastV
+from vlmaccel.methods.flexprefill import FlexPrefill
 from vlmaccel.methods.h2o import H2O
 from vlmaccel.methods.hessian import HessianEviction
 from vlmaccel.methods.look_m import LookM
@@ -30,7 +32,9 @@ from vlmaccel.methods.snapkv import SnapKV
 from vlmaccel.methods.streaming_llm import StreamingLLM
 from vlmaccel.methods.tome import ToMe
 from vlmaccel.methods.tome_decoder import ToMeDecoder
+from vlmaccel.methods.vertical_slash import VerticalSlash
 from vlmaccel.methods.vl_cache import VLCache
+from vlmaccel.methods.zipvl import ZipVL
 
 BUILTIN: tuple[type[Method], ...] = (
     ToMe,
@@ -57,6 +61,10 @@ BUILTIN: tuple[type[Method], ...] = (
     MixedPrecisionKV,
     LowRankKV,
     Quest,
+    ZipVL,
+    VerticalSlash,
+    BlockSparse,
+    FlexPrefill,
 )
 
 
@@ -87,8 +95,10 @@ __all__ = [
     "H2O",
     "AdaKV",
     "AttentionSum",
+    "BlockSparse",
     "EntropyEviction",
     "FastV",
+    "FlexPrefill",
     "HessianEviction",
     "LookM",
     "LowRankKV",
@@ -111,6 +121,8 @@ __all__ = [
     "ToMeDecoder",
     "Uniform",
     "VLCache",
+    "VerticalSlash",
+    "ZipVL",
     "check_options",
     "make",
     "registry",

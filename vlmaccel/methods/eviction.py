@@ -17,7 +17,6 @@ from vlmaccel.reduction import Reduction
 
 Rows = Literal["last", "post-vision"]
 Heads = Literal["mean", "max"]
-BLOCK = 64  # rows of attention that exist at a time where all are wanted
 
 
 @dataclass(frozen=True)
@@ -201,25 +200,19 @@ def observed_rows(at: CacheEntries, which: Rows, window: int) -> tuple[Tensor, T
 
 
 def observed(at: CacheEntries, which: Rows, window: int) -> Tensor:
-    """(B, H, m) float32, attention that entries get from the observed rows, the mean over the rows that can see them."""
+    """(B, H, m) float32, attention that entries get from the observed rows, the mean over the rows that are not before them."""
     rows, counts = observed_rows(at, which, window)
     assert at.scores is not None
-    attention = at.scores.rows(rows)
-    counts = counts.to(attention.device)
-    total = (attention * counts[:, None, :, None]).sum(2)
-    seen = seen_by(at, rows, counts)
-    return total / per_query_head(seen, total.shape[1]).clamp(min=1)
+    total = at.scores.received(rows, counts, "sum")
+    return total / per_query_head(seen_by(at, rows, counts), total.shape[1]).clamp(min=1)
 
 
 def attention_of_all(at: CacheEntries) -> Tensor:
-    """(B, H, m) float32, the sum of the attention that entries get from all rows, in blocks of rows."""
+    """(B, H, m) float32, the sum of the attention that entries get from all rows."""
     assert at.scores is not None
     real = at.run.remaining.modality != Modality.PAD
-    total = torch.zeros((), device=at.slots.index.device)
-    for rows in torch.arange(real.shape[1], device=real.device).split(BLOCK):
-        attention = at.scores.rows(rows.expand(len(real), -1))
-        total = total + (attention * real[:, None, rows, None].to(attention.device)).sum(2)
-    return total
+    rows = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    return at.scores.received(rows, real, "sum")
 
 
 def seen_by(at: CacheEntries, rows: Tensor, counts: Tensor) -> Tensor:

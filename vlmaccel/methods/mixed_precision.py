@@ -24,6 +24,7 @@ from vlmaccel.methods.eviction import (
     check_finite,
     first_and_last,
     observed,
+    observed_rows,
     system,
 )
 from vlmaccel.methods.selection import check_choice
@@ -51,6 +52,8 @@ class MixedPrecisionKV(Method):
         (by modality: text_bits).
     group: default 32, residual: so many newest tokens stay in full precision, default 128 (both as KIVI).
     sinks: first tokens that stay in full precision, default 4: their keys are far from all others.
+    by_query: round keys in 2 bits one channel after the other, so that what they add to the product with the mean query of
+        the prompt cancels out (see `quantize_keys`); costs no bytes but two vectors a head. Default True.
     key_bias: take rotated `k_proj.bias` off keys before they are quantised and put it back on when they are read, in models
         that have it (Qwen2, Qwen2.5); exact. Default True. Without it a large bias widens the steps of its channels, and
         on a per-token grid those of all (`python -m vlmaccel.evals.key_bias`).
@@ -72,6 +75,7 @@ class MixedPrecisionKV(Method):
     video_bits: int = 2
     text_bits: int = 4
     system_bits: int = 16
+    by_query: bool = True
     key_bias: bool = True
 
     def __post_init__(self) -> None:
@@ -97,11 +101,16 @@ class MixedPrecisionKV(Method):
 
     def observe(self, at: CacheEntries) -> None:
         assert at.scores is not None
-        at.run.memory[self, at.layer] = at.scores.key_bias() if self.key_bias else None
+        bias = at.scores.key_bias() if self.key_bias else None
+        at.run.memory[self, at.layer] = bias, moments(at, self.rows) if self.by_query and self._uses_2_bits() else None
         if self.by == "saliency" and self._share() < 1:
             saliency = by_kv_head(observed(at, self.rows, self.window), at)
             check_finite(self, at, saliency)
             at.entries.notes[NOTE] = saliency
+
+    def _uses_2_bits(self) -> bool:
+        by_modality = self.image_bits, self.video_bits, self.text_bits, self.system_bits
+        return 2 in (by_modality if self.by == "modality" else (self.low_bits,))
 
     def _share(self) -> float:
         share = self.keep if self.tau is None else self.tau
@@ -110,7 +119,7 @@ class MixedPrecisionKV(Method):
     def cache_layer(self, layer: PrunedLayer, at: CacheEntries) -> PrunedLayer:
         if isinstance(layer, MixedLayer) or at.window is not None or at.decoding:
             return layer
-        bias: KeyBias | None = at.run.memory[self, at.layer]
+        bias: KeyBias | None = at.run.memory[self, at.layer][0]
         if at.run.past:  # positions of what came before this method was there are not known
             bias = None
         default = self.text_bits if self.by == "modality" else self.low_bits
@@ -125,6 +134,7 @@ class MixedPrecisionKV(Method):
         if layer.key_bias is not None:
             layer.see_positions(new_positions(at))
         if not at.decoding:
+            layer.asked = at.run.memory[self, at.layer][1]
             layer.name(self._bits(at, layer))
             layer.notes.pop(NOTE, None)
             layer.settle()
@@ -167,6 +177,18 @@ class MixedPrecisionKV(Method):
             before = mass.cumsum(2) - mass
             chosen = before < self.tau * mass.sum(2, keepdim=True)
         return torch.zeros_like(among).scatter(2, order, chosen) & among
+
+
+def moments(at: CacheEntries, which: Rows) -> tuple[Tensor, Tensor]:
+    """(B, H_kv, head_dim) float32 mean of the queries of a prompt's last 128 rows (or those behind its last picture, see
+    `observed_rows`), those of all query heads of a KV head together, and their variance."""
+    rows, counts = observed_rows(at, which, 128)
+    assert at.scores is not None
+    query = at.scores.queries(rows).float().unflatten(1, (at.entries.keys.shape[1], -1))  # (B, H_kv, H / H_kv, Q, d)
+    share = counts.to(query)[:, None, None, :, None]
+    share = share / (share.sum(3, keepdim=True) * query.shape[2]).clamp(min=1)
+    mean = (query * share).sum((2, 3))
+    return mean, ((query - mean[:, :, None, None]).square() * share).sum((2, 3))
 
 
 def new_positions(at: CacheEntries) -> Tensor:

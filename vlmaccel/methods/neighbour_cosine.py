@@ -36,7 +36,7 @@ class NeighbourCosine(SingleStage):
         view = at.tokens.grid[..., 0].clamp(min=0)
         width, height = int(column.max()) + 3, int(row.max()) + 3
         # a cell number for each place of each image, with an empty border so that neighbours never wrap around
-        cell = ((segment * 2 + view) * height + row + 1) * width + column + 1
+        cell = ((segment * (int(view.max()) + 1) + view) * height + row + 1) * width + column + 1
         cells = int(cell.max()) + width + 2
         alone = (segment < 0) | (column < 0)  # not looked at, or the newline after a row of patches
         cell = cell.masked_fill(alone, cells)

@@ -27,7 +27,7 @@ class PyramidDrop(Selection):
         official 8, 16, 24 for 32 layers.
     ratios: kept fraction of the original count at every stage, int(N * ratio) tokens; default ratio, ratio^2,
         ratio^3, so the official 0.5, 0.25, 0.125.
-    positions: default "renumber", as the official code does; "keep" leaves the original position ids.
+    positions: default None, "renumber" as the official code does, but "keep" in models with three positions a token.
     target: see `Selection`.
     """
 
@@ -37,7 +37,7 @@ class PyramidDrop(Selection):
     layers: tuple[int, ...] | None = None
     ratios: tuple[float, ...] | None = None
     target: Target | None = None
-    positions: Positions = "renumber"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)

@@ -37,7 +37,7 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
 Position = Literal["median", "first"]
 
 
-def check_calibrated(calibrated: bool, positions: Positions) -> None:
+def check_calibrated(calibrated: bool, positions: Positions | None) -> None:
     """Raise ValueError unless the positions are those that calibrated attention is about."""
     if calibrated and positions != "keep":
         raise ValueError(
@@ -50,7 +50,7 @@ class Selection(Method):
 
     target: what is dropped: "image" tokens, with a budget for each image; or prompt "text", all but its first token
         (an attention sink) and what follows the last prompt token. None: images where the model takes them, else text.
-    positions: "keep" or "renumber", see `Method`.
+    positions: "keep", "renumber" or None, see `Method`.
     """
 
     target: Target | None = None
@@ -73,7 +73,7 @@ class Selection(Method):
     def check(self) -> None:
         """Raise ValueError for a `target` or `positions` that does not exist."""
         check_choice("target", self.target, (None, *get_args(Target)))
-        check_choice("positions", self.positions, get_args(Positions))
+        check_choice("positions", self.positions, (None, *get_args(Positions)))
 
     @torch.no_grad()
     def decoder_layer(self, at: DecoderLayer) -> Reduction | None:
@@ -105,7 +105,7 @@ class SingleStage(Selection):
     layer: int = 2
     ratio: float = 0.5
     target: Target | None = None
-    positions: Positions = "keep"
+    positions: Positions | None = "keep"
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
