@@ -53,6 +53,9 @@ def test_names_and_lines():
         "zipvl",
         "vertical-slash",
         "block-sparse",
+        "cdpruner",
+        "divprune",
+        "evs",
         "flexprefill",
     }
     assert set(vlmaccel.adapters()) >= {"llava", "text"}

@@ -11,7 +11,10 @@ from vlmaccel.methods.adakv import AdaKV
 from vlmaccel.methods.attention_sum import AttentionSum
 from vlmaccel.methods.baselines import Random, Uniform
 from vlmaccel.methods.block_sparse import BlockSparse
+from vlmaccel.methods.cdpruner import CDPruner
+from vlmaccel.methods.divprune import DivPrune
 from vlmaccel.methods.entropy import EntropyEviction
+from vlmaccel.methods.evs import EVS
 from vlmaccel.methods.fastv import FastV
 from vlmaccel.methods.flexprefill import FlexPrefill
 from vlmaccel.methods.h2o import H2O
@@ -44,6 +47,9 @@ BUILTIN: tuple[type[Method], ...] = (
     AttentionSum,
     Magnitude,
     NeighbourCosine,
+    DivPrune,
+    CDPruner,
+    EVS,
     Random,
     Uniform,
     Pool,
@@ -92,10 +98,13 @@ def check_options(method: type[Method], options: Iterable[str]) -> None:
 
 
 __all__ = [
+    "EVS",
     "H2O",
     "AdaKV",
     "AttentionSum",
     "BlockSparse",
+    "CDPruner",
+    "DivPrune",
     "EntropyEviction",
     "FastV",
     "FlexPrefill",
