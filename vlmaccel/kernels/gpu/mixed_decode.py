@@ -406,7 +406,7 @@ def _packed_arguments(
         "BLOCK_BYTES": max(16, triton.next_power_of_2(width * bits // 8)),
     }
     # more registers than two warps have, where bytes or terms are wide
-    wide = dtype != torch.bfloat16 or (bits == 8 and heads > 1)
+    wide = dtype != torch.bfloat16 or (bits > 2 and heads > 1)
     warps = max(config.warps[0], 8 if dtype != torch.bfloat16 else 4) if wide else config.warps[0]
     options = {"num_warps": warps, "num_stages": config.num_stages}
     return {**meta, **blocks, "TERMS": TERMS[dtype], "BIAS": kind}, options

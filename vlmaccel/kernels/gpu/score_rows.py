@@ -45,7 +45,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (4, 128): Config(32, 16, 4, 2),
     },
     "sm_90": {
-        (2, 128): Config(64, 128, 4, 2),
+        (2, 128): Config(64, 64, 4, 3),
         (2, 256): Config(64, 64, 4, 2),
         (4, 64): Config(64, 64, 4, 2),
         (4, 128): Config(64, 64, 4, 2),
