@@ -148,6 +148,8 @@ def test_bench_unknown_shape():
         ("layers=[1, 3]", [1, 3]),
         ("target=text", "text"),
         ("target=None", None),
+        ("by_query=false", False),
+        ("prop_attn=TRUE", True),
         ("name=a=b", "a=b"),
     ],
 )

@@ -542,15 +542,18 @@ def adapters() -> None:
         _show(_two_columns("adapter", vlmaccel.adapters()))
 
 
+CONSTANTS = {name.lower(): name for name in ("True", "False", "None")}
+
+
 def parse_options(pairs: list[str] | None, flag: str = "--option") -> dict[str, Any]:
-    """key=value pairs; values are Python literals (0.5, None, 1,3,4), or else text."""
+    """key=value pairs; values are Python literals (0.5, None, 1,3,4; true, false and none in any case), or else text."""
     options: dict[str, Any] = {}
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
             raise ValueError(f"{flag} takes key=value, e.g. ratio=0.5, not {pair!r}")
         try:
-            options[key] = ast.literal_eval(value)
+            options[key] = ast.literal_eval(CONSTANTS.get(value.lower(), value))
         except (ValueError, SyntaxError):
             options[key] = value
     return options

@@ -100,7 +100,7 @@ def flash():
 
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "llava-clip-llama", "qwen3-vl"])
+@pytest.mark.parametrize("kind", ["llama", "llava-clip-llama", pytest.param("qwen3-vl", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_model_with_flash_attentions_masks(flash, kind, ragged, pad):
     batch = inputs(kind, 3, pad=pad)

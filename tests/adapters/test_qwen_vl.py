@@ -31,10 +31,11 @@ from tests.support.models import DEPTH, IMAGE, PAD, QWEN, VIDEO, VOCAB, build, i
 from tests.support.mrope import places
 from tests.support.qwen_vl import MERGE, Segment, alone, layouts, processor
 from tests.support.qwen_vl import inputs as laid_out
+from tests.support.reference import Reference
 from vlmaccel.adapters.base import find_adapter
 from vlmaccel.adapters.view import _turned
 from vlmaccel.hooks import Method, VisualTokens
-from vlmaccel.methods import FastV, Magnitude, Pool, PyramidDrop, SnapKV, ToMeDecoder, Uniform
+from vlmaccel.methods import FastV, Magnitude, NeighbourCosine, Pool, PyramidDrop, SnapKV, ToMeDecoder, Uniform
 from vlmaccel.run import Modality, Run, TokenMap
 
 every_kind = pytest.mark.parametrize("kind", QWEN)
@@ -574,3 +575,31 @@ def test_only_tokens_of_one_frame_merge(kind: str, method: Method) -> None:
         for slot in group[group >= 0].unique():
             assert image[group == slot].unique().numel() == 1
             assert grid[group == slot, 0].unique().numel() == 1
+
+
+@torch.no_grad()
+def test_neighbours_are_those_of_the_same_frame() -> None:
+    """A video of many frames beside other pictures."""
+    model, batch = build("qwen3-vl"), batch_of("qwen3-vl", LONG)
+    with vlmaccel.patched(model, NeighbourCosine(layer=1, ratio=0.5)):
+        model(**batch)
+        (stage,), tokens = vlmaccel.stats(model).stages, vlmaccel.stats(model).token_map
+    reference = Reference(model)
+    for b, prompt in enumerate(reference.embed(batch)):
+        real = batch["attention_mask"][b].bool()
+        unit = torch.nn.functional.normalize(reference.run(prompt).inputs[1], dim=1)
+        place = torch.cat([tokens.image[b, real][:, None], tokens.grid[b, real]], 1).tolist()
+        score = {}
+        for i, (number, frame, row, column) in enumerate(place):
+            near = [
+                float(unit[i] @ unit[j])
+                for j, (n, f, r, c) in enumerate(place)
+                if i != j and (n, f) == (number, frame) and max(abs(r - row), abs(c - column)) == 1
+            ]
+            score[i] = sum(near) / max(1, len(near))
+        kept = set(range(len(place)))
+        for number in {n for n, *_ in place if n >= 0}:
+            mine = sorted((i for i, at in enumerate(place) if at[0] == number), key=lambda i: (score[i], i))
+            kept -= set(mine[max(1, len(mine) // 2) :])
+        start = int((~real).sum())
+        assert (stage.keep[b][stage.size[b] > 0] - start).tolist() == sorted(kept)

@@ -52,7 +52,12 @@ def test_keeping_everything_is_bit_identical(kind: str, attn: str, shape: str) -
 
 @pytest.mark.parametrize(
     ("kind", "layer", "attn", "shape", "positions"),
-    turns([(kind, layer) for kind in TILED for layer in (0, 1, 2, 3, 5)], ("sdpa", "eager"), SHAPES, POLICIES),
+    turns(
+        [(kind, layer) for kind in TILED for layer in ((0, 1, 2, 3, 5) if kind != "smolvlm" else (1,))],
+        ("sdpa", "eager"),
+        SHAPES,
+        POLICIES,
+    ),
 )
 @torch.no_grad()
 def test_dropping_equals_the_reference(kind: str, layer: int, attn: str, shape: str, positions: Positions) -> None:

@@ -26,7 +26,7 @@ CONFIGS: Table = {
         (4, 64): Config(32, 32, 4, 2),
         (4, 128): Config(32, 32, 8, 2),
     },
-    "sm_90": {(2, 128): Config(64, 64, 4, 2), (2, 256): Config(32, 32, 8, 2), (4, 128): Config(32, 32, 8, 2)},
+    "sm_90": {(2, 128): Config(64, 64, 4, 2), (2, 256): Config(32, 32, 4, 2), (4, 128): Config(32, 32, 8, 2)},
     "gfx942": {
         (2, 128): Config(64, 64, 4, 1, "ieee"),
         (2, 256): Config(64, 32, 4, 1, "ieee"),
@@ -157,7 +157,7 @@ def _arguments(
 def examples(gpu: str) -> list[Example]:
     found = []
     for width, dtype, block in ((128, torch.bfloat16, 64), (128, torch.bfloat16, 128), (64, torch.float16, 128),
-                                (72, torch.bfloat16, 64), (96, torch.bfloat16, 64),
+                                (72, torch.bfloat16, 64), (96, torch.bfloat16, 64), (256, torch.bfloat16, 64),
                                 (128, torch.float32, 64), (64, torch.float32, 16)):  # fmt: skip
         query, key = (1, 12, 8000, width), (1, 2, 8000, width)
         strides = [(8000 * 12 * width, width, 12 * width, 1)] + 2 * [(8000 * 2 * width, 8000 * width, width, 1)]
