@@ -1,5 +1,7 @@
 """transformers pipelines take a patched model as it is."""
 
+from pathlib import Path
+
 import pytest
 import skimage.data
 import torch
@@ -7,7 +9,7 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import vlmaccel
+import vlmaccel.pipelines
 from tests.support import qwen_vl
 from tests.support.models import IMAGE, VIDEO, VOCAB, build
 from tests.support.tiny_vqa import tiny_llava
@@ -75,6 +77,63 @@ def test_image_text_to_text_with_pictures_of_any_size(kind):
             assert answers(3) == singles
             assert singles != unpatched
     assert answers(1) == unpatched
+
+
+ASSET = Path(vlmaccel.__file__).parent / "assets" / "tiny-llava"
+
+
+def answer(pipe, **kwargs):
+    return pipe(text=messages("red", QUESTIONS[1]), return_full_text=False, **kwargs)[0]["generated_text"]
+
+
+def test_the_task_vlmaccel_patches_the_model_it_loads():
+    pipe = hf.pipeline("vlmaccel", model=str(ASSET), method="fastv", options={"layer": 2, "ratio": 0.25})
+    plain = hf.pipeline("image-text-to-text", model=str(ASSET))
+    assert vlmaccel.patching.is_patched(pipe.model) and not vlmaccel.patching.is_patched(plain.model)
+    with vlmaccel.patched(plain.model, "fastv", layer=2, ratio=0.25):
+        assert answer(pipe) == answer(plain)
+    assert vlmaccel.stats(pipe.model).visual_tokens == [576, 576, 144, 144, 144, 144]
+
+
+@pytest.mark.parametrize(
+    ("given", "added"), [({}, ()), ({"method": "snapkv", "options": {"budget": 0.5}}, ("SnapKV",))]
+)
+def test_the_task_vlmaccel_takes_a_patched_model(given, added):
+    model, processor = tiny_llava()
+    vlmaccel.patch(model, "uniform", ratio=0.5)
+    pipe = hf.pipeline("vlmaccel", model=model, processor=processor, **given)
+    answer(pipe, max_new_tokens=2)
+    assert pipe.model is model
+    used = vlmaccel.stats(model).methods
+    assert [method.partition("(")[0] for method in used] == ["Uniform", *added]
+
+
+def test_the_task_vlmaccel_uses_the_familys_default():
+    model, processor = tiny_llava()
+    hf.pipeline("vlmaccel", model=model, processor=processor)
+    assert vlmaccel.patching.is_patched(model)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"method": "fastvv"}, ValueError, "there is no method 'fastvv'"),
+        ({"method": "fastv", "options": {"share": 1}}, TypeError, "fastv has no option share"),
+        ({"method": "fastv", "options": {"ratio": 2}}, ValueError, "ratio"),
+    ],
+)
+def test_the_task_vlmaccel_says_what_is_wrong(given, error, message):
+    model, processor = tiny_llava()
+    with pytest.raises(error, match=message):
+        hf.pipeline("vlmaccel", model=model, processor=processor, **given)
+    assert not vlmaccel.patching.is_patched(model)
+
+
+def test_a_method_is_not_for_one_call():
+    model, processor = tiny_llava()
+    pipe = hf.pipeline("vlmaccel", model=model, processor=processor)
+    with pytest.raises(TypeError, match="method go into pipeline"):
+        answer(pipe, method="fastv")
 
 
 def test_text_generation():

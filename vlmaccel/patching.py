@@ -70,6 +70,11 @@ def patched(model: nn.Module, method: MethodLike = None, **options: object) -> I
         _install(target, () if old is None else old.methods)
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch` has changed the model."""
+    return hasattr(_unwrapped(model), MARK)
+
+
 def stats(model: nn.Module) -> Stats | TowerStats:
     """What the last prefill of a patched model did; of a plain vision transformer, what the last pictures cost.
 
