@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "vlmaccel"
 # left: methods know tensors, adapters know model classes
 LEVELS = [
     {"cli"},
-    {"pipelines"},
+    {"pipelines", "serving"},
     {"evals", "training"},
     {"plots_groups"},
     {"plots"},

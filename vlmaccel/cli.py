@@ -534,6 +534,23 @@ def methods() -> None:
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Local directory or hub id.")],
+    method: Annotated[str | None, typer.Option(help="One of `vlmaccel methods`; default: the model family's.")] = None,
+    option: Options = None,
+    host: Annotated[str, typer.Option()] = "localhost",
+    port: Annotated[int, typer.Option()] = 8000,
+    device: Annotated[str, typer.Option(help="auto, cuda:0, cpu, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto: that of the weights.")] = "auto",
+) -> None:
+    """`transformers serve` (an OpenAI-compatible server) with a patched model."""
+    with user_errors():
+        from vlmaccel.serving import PatchedServe
+
+        PatchedServe(model, method, parse_options(option), host=host, port=port, device=device, dtype=dtype).wait()
+
+
+@app.command()
 def adapters() -> None:
     """Models that can be patched."""
     with user_errors():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from accelerate import cpu_offload, dispatch_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
@@ -288,3 +290,22 @@ def test_a_decode_after_the_patch_came_and_went() -> None:
         seen = torch.cat([batch["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
         step = model(later[:, :1], attention_mask=seen, past_key_values=out.past_key_values)
     assert torch.equal(step.logits[:, -1], plain[1][:, 0])
+
+
+def test_continuous_batching_is_refused(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    monkeypatch.setattr(logger, "propagate", True)
+    model = build("llama")
+    config = hf.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = hf.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+
+    def answers() -> list[list[int]]:
+        prompts = [list(range(5, 25)), list(range(30, 40))]
+        done = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
+        return [answer.generated_tokens for answer in done.values()]
+
+    plain = answers()
+    with vlmaccel.patched(model, "fastv", layer=1, ratio=0.5):
+        assert answers() == [[], []]
+    assert "does not do continuous batching" in caplog.text
+    assert answers() == plain != [[], []]

@@ -151,6 +151,11 @@ class DecoderHooks:
         given = inputs.get("inputs_embeds")
         given = inputs["input_ids"] if given is None else given
         cache, call = cache_of(inputs), self._local.call or {}
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            raise NotImplementedError(
+                f"a patched model does not do continuous batching ({type(cache).__name__}), which packs requests into one row: "
+                "call model.generate, or vlmaccel.unpatch(model) first"
+            )
         past = 0 if cache is None else int(cache.get_seq_length())
         tokens = self._local.tokens or TokenMap.text(given.shape[0], given.shape[1], given.device)
         self._local.call = self._local.tokens = None
