@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmaccel.reduction import Reduction, top_per_segment
+from vlmaccel.reduction import Insertion, Reduction, top_per_segment
 
 
 @st.composite
@@ -95,6 +95,37 @@ def test_then_weighs_merges_by_size():
     assert both.group.tolist() == [[0, 0, 0, 0]]
     x = torch.tensor([[[1.0], [2.0], [3.0], [10.0]]])
     assert second.apply(first.apply(x), first.size).item() == pytest.approx(4.0)
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(0, 30), st.data())
+def test_inserted_rows_come_behind_their_tokens(batch, n, count, seed, data):
+    generator = torch.Generator().manual_seed(seed)
+    behind = torch.randint(-1, n, (batch, count), generator=generator)
+    x, rows = torch.randn(batch, n, 2, generator=generator), torch.randn(batch, count, 2, generator=generator)
+    hidden, reduction = Insertion(behind, rows).into(x)
+    for b in range(batch):
+        expected, keep = [], []
+        for token in range(n):
+            expected += [x[b, token], *(rows[b, r] for r in range(count) if behind[b, r] == token)]
+            keep += [token] * (len(expected) - len(keep))
+        fillers = int((behind[b] < 0).sum())
+        assert torch.equal(hidden[b, fillers:], torch.stack(expected))
+        assert reduction.keep[b, fillers:].tolist() == keep
+        assert reduction.size[b].tolist() == [0] * fillers + [1] * len(keep)
+        assert torch.equal(hidden[b, reduction.group[b]], x[b])
+    assert (reduction.inserted.sum(1) == (behind >= 0).sum(1)).all()
+    assert (reduction.keep.diff() >= 0).all()
+    flags = st.lists(st.booleans(), min_size=n + count, max_size=n + count)
+    wanted = torch.tensor([data.draw(flags) for _ in range(batch)]) & (reduction.size > 0)
+    left = reduction.then(Reduction.select(wanted))
+    for b in range(batch):
+        mine = left.size[b] > 0
+        assert left.keep[b, mine].tolist() == reduction.keep[b, wanted[b]].tolist()
+        assert left.inserted[b, mine].tolist() == reduction.inserted[b, wanted[b]].tolist()
+        assert (left.own[b] | left.inserted[b]).tolist() == mine.tolist()
+        for token, slot in enumerate(reduction.group[b].tolist()):
+            assert (left.group[b, token] >= 0) == wanted[b, slot]
+    assert torch.equal(left.size.sum(1), wanted.sum(1))
 
 
 def test_identity_changes_nothing():

@@ -5,7 +5,6 @@ import io
 import json
 import socket
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -27,6 +26,14 @@ def port():
         return free.getsockname()[1]
 
 
+def wait_for(server):
+    for _ in range(300):
+        if server.server.started:
+            return
+        time.sleep(0.1)
+    raise TimeoutError("the server does not start")
+
+
 def answer(port):
     picture = io.BytesIO()
     Image.new("RGB", (192, 192), "red").save(picture, "PNG")
@@ -38,20 +45,14 @@ def answer(port):
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    for _ in range(100):
-        try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                return json.load(reply)["choices"][0]["message"]["content"]
-        except urllib.error.URLError as error:
-            if not isinstance(error.reason, ConnectionRefusedError):
-                raise
-            time.sleep(0.1)
-    raise TimeoutError("the server does not listen")
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)["choices"][0]["message"]["content"]
 
 
 def test_requests_go_to_the_patched_model(port):
     server = PatchedServe(MODEL, "fastv", {"layer": 2, "ratio": 0.25}, port=port, device="cpu")
     try:
+        wait_for(server)
         assert answer(port)
         assert vlmaccel.stats(server.model).visual_tokens == [576, 576, 144, 144, 144, 144]
     finally:

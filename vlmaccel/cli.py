@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ evals = typer.Typer(help="Measure answers.", no_args_is_help=True)
 app.add_typer(evals, name="eval")
 benches = typer.Typer(invoke_without_command=True)
 app.add_typer(benches, name="bench")
+trains = typer.Typer(help="Train registers, or a model to bear a method.", no_args_is_help=True)
+app.add_typer(trains, name="train")
 
 Method = Annotated[str | None, typer.Option(help="One of `vlmaccel methods`; none: the model as it is.")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="Hyper-parameter of the method, e.g. ratio=0.25.")]
@@ -31,20 +34,23 @@ def demo(
     questions: Annotated[int, typer.Option(help="Collage questions, about; an eighth as many of easy-VQA.")] = 120,
     full: Annotated[bool, typer.Option("--full", help="All test questions (hours on a CPU).")] = False,
     seed: Annotated[int, typer.Option(help="Of the collages.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON and the pictures.")] = Path("demo"),
-    model: Annotated[Path | None, typer.Option(help="Another LLaVA trained on these questions.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the pictures, one in it for each model.")] = Path(
+        "demo"
+    ),
+    model: Annotated[Path | None, typer.Option(help="Another model trained on these questions, instead.")] = None,
 ) -> None:
-    """A small LLaVA answers questions, with every method at several token budgets."""
+    """A small LLaVA and a small Qwen2-VL answer questions, with every method at several token budgets."""
     with user_errors():
         from vlmaccel.evals import demo as work
         from vlmaccel.evals import demo_report
 
-        start = time.monotonic()
-        with _progress() as progress:
-            result = work.run(progress, questions, full, seed, model or work.CHECKPOINT)
-            paths = demo_report.write(result, out)
-        _show(demo_report.table(result.report), *demo_report.notes(result.report))
-        _show(f"\nwrote {', '.join(map(str, paths))} in {time.monotonic() - start:.0f} s")
+        for checkpoint in [model] if model else work.CHECKPOINTS.values():
+            start = time.monotonic()
+            with _progress() as progress:
+                result = work.run(progress, questions, full, seed, checkpoint)
+                paths = demo_report.write(result, out / checkpoint.name)
+            _show(demo_report.table(result.report), *demo_report.notes(result.report))
+            _show(f"\nwrote {', '.join(map(str, paths))} in {time.monotonic() - start:.0f} s\n")
 
 
 @evals.command()
@@ -139,7 +145,9 @@ def vqa(
 
 @evals.command("cache")
 def eval_cache(
-    model: Annotated[str, typer.Option(help="Local directory; tiny-llava: the shipped model.")] = "tiny-llava",
+    model: Annotated[
+        str, typer.Option(help="Local directory; tiny-llava or tiny-qwen2-vl: a shipped model.")
+    ] = "tiny-llava",
     method: Annotated[
         list[str] | None,
         typer.Option("--method", help="NAME or NAME:key=value,... of a method with a budget; several times."),
@@ -153,18 +161,31 @@ def eval_cache(
     """Methods on the KV cache at several budgets: accuracy, loyalty, bytes."""
     with user_errors():
         from vlmaccel.evals import cache_sweep
-        from vlmaccel.evals.demo import CHECKPOINT
 
         methods = [parse_method(text) for text in method or ()] or cache_sweep.default_methods()
-        path = str(CHECKPOINT) if model == "tiny-llava" else model
-        with _progress() as progress:
-            sweep = cache_sweep.run_sweep(
-                progress, path, methods, budget or cache_sweep.BUDGETS, questions, dtype, seed
-            )
-        _show(cache_sweep.render(sweep))
-        if out:
-            out.write_text(json.dumps(sweep.facts(), indent=2) + "\n")
-            _show(f"wrote {out}")
+        chosen = cache_sweep.candidates(methods, budget or cache_sweep.BUDGETS)
+        _sweep(model, lambda depth, visual: chosen, "KV cache", "kv", questions, dtype, seed, out)
+
+
+@evals.command()
+def tokens(
+    model: Annotated[
+        str, typer.Option(help="Local directory; tiny-llava or tiny-qwen2-vl: a shipped model.")
+    ] = "tiny-llava",
+    share: Annotated[list[float] | None, typer.Option(help="Of the tokens; default 0.5, 0.25 and 0.11.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="About collages.")] = 250,
+    dtype: Annotated[str, typer.Option()] = "float32",
+    seed: Annotated[int, typer.Option(help="Of the collages.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """Methods that drop or merge visual tokens, with and without calibration, at shares of the tokens."""
+    with user_errors():
+        from vlmaccel.evals import token_sweep
+
+        def chosen(depth: int, visual: int) -> Any:
+            return token_sweep.candidates(depth, visual, share or token_sweep.KEPT)
+
+        _sweep(model, chosen, "visual tokens", "visual", questions, dtype, seed, out)
 
 
 @evals.command()
@@ -478,6 +499,44 @@ def kernels(
             _show(f"wrote {out}")
 
 
+@benches.command(name="tokens")
+def bench_tokens(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="One or several; default qwen2-vl-2b and qwen2-vl-2b-4k.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME:key=value; several times. Default: all, at a quarter.")
+    ] = None,
+    depth: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 4,
+    dtype: Annotated[str, typer.Option()] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that count.")] = 3,
+    device: Annotated[str, typer.Option()] = "cpu",
+    out: Annotated[Path | None, typer.Option("--json", "--out", help="JSON file for the result.")] = None,
+) -> None:
+    """Prefill with fewer visual tokens against all of them, in turn: speed-up, FLOPs, what choosing costs."""
+    with user_errors():
+        from vlmaccel.evals import bench_tokens as work
+
+        results = []
+        with _progress() as progress:
+            progress.start("", 0)
+            for name in shape or work.SHAPES:
+                result = work.run_token_bench(
+                    name,
+                    [parse_method(text) for text in method] if method else None,
+                    depth=depth,
+                    dtype=dtype,
+                    repeats=repeats,
+                    device=device,
+                    progress=lambda text: progress.start(text, 0),
+                )
+                results.append(result)
+        _show(*(part for result in results for part in work.render(result)))
+        if out:
+            out.write_text(json.dumps([result.facts() for result in results], indent=2) + "\n")
+            _show(f"wrote {out}")
+
+
 @benches.command()
 def sparse(
     shape: Annotated[
@@ -525,15 +584,6 @@ def sparse(
 
 
 @app.command()
-def methods() -> None:
-    """What `--method` can be."""
-    with user_errors():
-        import vlmaccel
-
-        _show(_two_columns("method", vlmaccel.methods()))
-
-
-@app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="Local directory or hub id.")],
     method: Annotated[str | None, typer.Option(help="One of `vlmaccel methods`; default: the model family's.")] = None,
@@ -550,6 +600,156 @@ def serve(
         PatchedServe(model, method, parse_options(option), host=host, port=port, device=device, dtype=dtype).wait()
 
 
+TrainModel = Annotated[str, typer.Option("--model", help="Local directory or hub id; tiny-llava: the shipped model.")]
+TrainData = Annotated[str, typer.Option("--data", help="collage, or a JSONL file of image, question, answers.")]
+Validation = Annotated[
+    str | None,
+    typer.Option(help="Measured on as it trains, as --data of eval vqa; default for collage: test collages."),
+]
+ValidationLimit = Annotated[int, typer.Option(min=1, help="Questions of it.")]
+TrainOut = Annotated[
+    Path, typer.Option("--out", help="Folder for result, state, log and curves; goes on from a state there.")
+]
+Steps = Annotated[int, typer.Option(min=1)]
+Pictures = Annotated[int, typer.Option(min=1, help="Of a step.")]
+Questions = Annotated[int, typer.Option(min=1, help="About each picture, at most.")]
+Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
+Answers = Annotated[float, typer.Option(help="Weight of the cross entropy of the right answers.")]
+Forward = Annotated[float, typer.Option(help="Weight of KL(unpatched || patched).")]
+Reverse = Annotated[float, typer.Option(help="Weight of KL(patched || unpatched).")]
+Temperature = Annotated[float, typer.Option(help="Of both.")]
+Weights = Annotated[str, typer.Option(help="Which tokens they are about: answer, uniform or saliency.")]
+Every = Annotated[int, typer.Option(min=1, help="Steps between two evaluations, at which the state is saved.")]
+TrainSeed = Annotated[int, typer.Option("--seed", help="Of the batches.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")]
+
+
+@trains.command("registers")
+def train_registers(
+    out: TrainOut,
+    model: TrainModel = "tiny-llava",
+    data: TrainData = "collage",
+    registers: Annotated[int, typer.Option(min=1, help="Of every picture.")] = 8,
+    layer: Annotated[
+        int | None, typer.Option(min=1, help="First decoder layer without the pictures' tokens; default 3 of 32.")
+    ] = None,
+    train: Annotated[
+        str, typer.Option(help="registers: nothing else; lora; or all: the whole language model.")
+    ] = "registers",
+    validation: Validation = None,
+    limit: ValidationLimit = 300,
+    steps: Steps = 1000,
+    pictures: Pictures = 8,
+    questions: Questions = 12,
+    rate: Rate = 1e-3,
+    answers: Answers = 1.0,
+    forward: Annotated[
+        float | None, typer.Option(help="Weight of KL(unpatched || patched); default 1, with --train all 0.")
+    ] = None,
+    reverse: Reverse = 0.0,
+    temperature: Temperature = 1.0,
+    weights: Weights = "answer",
+    every: Every = 100,
+    seed: TrainSeed = 0,
+    dtype: Dtype = "float32",
+    device: Device = None,
+) -> None:
+    """Victor's registers: a model learns to answer from a few registers in place of a picture's tokens."""
+    with user_errors():
+        from vlmaccel.training import registers as work
+        from vlmaccel.training.distillation import Distillation
+        from vlmaccel.training.fitting import Schedule
+
+        kinds: Any = weights
+        forward = float(train != "all") if forward is None else forward
+        learn = Distillation(forward, reverse, temperature, kinds, kinds)
+        schedule = Schedule(
+            steps, pictures, questions, rate, answers=answers, distillation=learn, every=every, seed=seed
+        )
+        options: dict[str, Any] = {"registers": registers, "layer": layer, "train": train}
+        _train(partial(work.train_registers, **options), model, data, validation, limit, out, schedule, dtype, device)
+
+
+@trains.command("distill")
+def train_distill(
+    out: TrainOut,
+    method: Annotated[list[str], typer.Option("--method", help="NAME or NAME:key=value,...; several times.")],
+    model: TrainModel = "tiny-llava",
+    data: TrainData = "collage",
+    train: Annotated[str, typer.Option(help="lora, or all: the whole language model.")] = "lora",
+    validation: Validation = None,
+    limit: ValidationLimit = 300,
+    steps: Steps = 1000,
+    pictures: Pictures = 8,
+    questions: Questions = 12,
+    rate: Rate = 1e-4,
+    answers: Answers = 0.0,
+    forward: Forward = 1.0,
+    reverse: Reverse = 0.0,
+    temperature: Temperature = 1.0,
+    weights: Weights = "answer",
+    every: Every = 100,
+    seed: TrainSeed = 0,
+    dtype: Dtype = "float32",
+    device: Device = None,
+) -> None:
+    """A model learns to answer under a method as it does without it."""
+    with user_errors():
+        from vlmaccel.training import registers as work
+        from vlmaccel.training.distillation import Distillation
+        from vlmaccel.training.fitting import Schedule
+
+        kinds: Any = weights
+        learn = Distillation(forward, reverse, temperature, kinds, kinds)
+        schedule = Schedule(
+            steps, pictures, questions, rate, answers=answers, distillation=learn, every=every, seed=seed
+        )
+        options: dict[str, Any] = {"methods": [parse_method(text) for text in method], "train": train}
+        _train(partial(work.train_patched, **options), model, data, validation, limit, out, schedule, dtype, device)
+
+
+def _train(
+    run: Any,
+    model: str,
+    data: str,
+    validation: str | None,
+    limit: int,
+    out: Path,
+    schedule: Any,
+    dtype: str,
+    device: str | None,
+) -> None:
+    """Load, train, and say how it went."""
+    from vlmaccel.evals.demo import CHECKPOINTS
+    from vlmaccel.evals.vqa import load
+    from vlmaccel.evals.vqa_data import read_samples
+    from vlmaccel.training import training_report
+    from vlmaccel.training.fitting import unpatched_accuracy
+    from vlmaccel.training.questions import dialogues, source
+
+    if validation is None and data != "collage":
+        raise ValueError("--validation: name questions that are not trained on, to measure how it goes")
+    draw, measured = source(data), dialogues(read_samples(validation or "collage")[:limit])
+    loaded, processor = load(str(CHECKPOINTS.get(model, model)), dtype, device)
+    with _progress() as progress:
+        progress.start("measuring the unpatched model", 0)
+        level = unpatched_accuracy(loaded, processor, measured)
+        progress.start("training", schedule.steps)
+        log = run(loaded, processor, draw, measured, out, schedule=schedule, tick=progress.advance)
+    paths = training_report.write(log, level, out)
+    _show(training_report.table(log, level), f"wrote {', '.join(map(str, paths))}")
+
+
+@app.command()
+def methods() -> None:
+    """What `--method` can be."""
+    with user_errors():
+        import vlmaccel
+
+        _show(_two_columns("method", vlmaccel.methods()))
+
+
 @app.command()
 def adapters() -> None:
     """Models that can be patched."""
@@ -557,6 +757,21 @@ def adapters() -> None:
         import vlmaccel
 
         _show(_two_columns("adapter", vlmaccel.adapters()))
+
+
+def _sweep(
+    model: str, choose: Any, title: str, cost: Any, questions: int, dtype: str, seed: int, out: Path | None
+) -> None:
+    """Run a sweep of methods, show it and write it."""
+    from vlmaccel.evals import sweep
+    from vlmaccel.evals.demo import CHECKPOINTS
+
+    with _progress() as progress:
+        result = sweep.run_sweep(progress, str(CHECKPOINTS.get(model, model)), choose, questions, dtype, seed)
+    _show(sweep.render(result, title, cost))
+    if out:
+        out.write_text(json.dumps(result.facts(), indent=2) + "\n")
+        _show(f"wrote {out}")
 
 
 CONSTANTS = {name.lower(): name for name in ("True", "False", "None")}

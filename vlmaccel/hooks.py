@@ -9,7 +9,7 @@ from is the adapters' business.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from vlmaccel.cache import KeyBias, PrunedLayer, Slots
 from vlmaccel.flops import BlockCost
-from vlmaccel.reduction import Reduction
-from vlmaccel.run import Modality, Run, TokenMap
+from vlmaccel.reduction import Insertion, Reduction, gather
+from vlmaccel.run import Modality, Patches, Run, TokenMap
 
-Positions = Literal["keep", "renumber"]
+Positions = Literal["keep", "renumber", "calibrated"]
 HOOK_POINTS = ("vision_block", "visual_tokens", "decoder_layer", "attention", "cache")
 
 
@@ -38,6 +38,11 @@ class Scores(Protocol):
 
     def keys(self) -> Tensor:
         """(B, H_kv, n, head_dim) keys of the remaining tokens, without their rotary positions."""
+        ...
+
+    def turned(self, rows: Tensor) -> Tensor:
+        """(B, Q, n) float32, the mean cosine of the angles by which rotary positions turn some rows and each remaining token
+        apart; rows: (B, Q) int64."""
         ...
 
 
@@ -92,6 +97,19 @@ class VisualTokens:
     def size(self) -> Tensor | None:
         """(B, n), tokens each row stands for; None while all are 1."""
         return self.run.size
+
+    @property
+    def patches(self) -> Patches:
+        """What the vision tower tells of each row of `hidden`, for methods that say `sees_patches`.
+
+        Raises ValueError where visual tokens are not what the tower's projector made, or are not finite.
+        """
+        assert self.run.find_patches is not None
+        patches, reduction = self.run.find_patches(), self.run.reduction
+        if reduction is None:
+            return patches
+        row = gather(patches.row, reduction.keep)
+        return replace(patches, row=row.masked_fill((~reduction.own).to(row.device), -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,26 +266,31 @@ class Method:
     is found like our own.
     positions: "keep": remaining tokens keep their original position ids. "renumber": from this reduction on they are
         numbered 0, 1, 2, ... without gaps, in each layer, and new tokens continue from there. None: renumbered in models
-        where a token has one position, kept where it has three (M-RoPE), which cannot be renumbered.
+        where a token has one position, kept where it has three (M-RoPE), which cannot be renumbered. "calibrated": kept, and
+        in a decoder, from this reduction on, log(size * (2 - D(distance))) is added to the logits of visual (and merged)
+        keys, where D is the mean cosine by which rotary positions turn a query and a key apart over that distance
+        (RESTORE, arXiv 2606.01711).
     prop_attn: proportional attention, log(size) added to the attention logits of merged keys (arXiv 2210.09461). None:
         as the model's family does best in a vision tower, on in a decoder.
-    calibrated: in a decoder, from this reduction on, log(size * (2 - D(distance))) is added to the logits of visual (and
-        merged) keys, where D is the mean cosine by which rotary positions turn a query and a key apart over that
-        distance (RESTORE, arXiv 2606.01711). It is about original positions, so `positions` has to be "keep".
     two_phase: whether `cache` needs to know all layers first, so that in a prefill the whole cache is there once.
+    sees_patches: whether it reads `VisualTokens.patches`; a model that cannot tell them is refused.
     """
 
     name: ClassVar[str] = ""
     positions: Positions | None = "keep"
     prop_attn: bool | None = False
-    calibrated: bool = False
     two_phase: ClassVar[bool] = False
+    sees_patches: ClassVar[bool] = False
 
     def hook_points(self) -> tuple[str, ...]:
         """The hook points that this method acts at: those it overrides."""
-        point_of = {**{name: name for name in HOOK_POINTS}, "cache_layer": "cache", "sparse_attention": "attention"}
+        point_of = {name: name for name in HOOK_POINTS}
+        point_of |= {"insert": "visual_tokens", "sparse_attention": "attention", "cache_layer": "cache"}
         points = {point for name, point in point_of.items() if getattr(type(self), name) is not getattr(Method, name)}
         return tuple(point for point in HOOK_POINTS if point in points)
+
+    def check_decoder(self, width: int, model_type: str) -> None:
+        """Raise ValueError if a decoder of hidden size `width`, in a model of that configured type, is none for this method."""
 
     def decoder_layers(self, depth: int) -> Sequence[int]:
         """Decoder layers (0-based, of `depth`) before which `decoder_layer` is called."""
@@ -297,9 +320,20 @@ class Method:
         """Select or merge visual tokens before the decoder; None leaves them."""
         return None
 
+    def insert(self, at: VisualTokens) -> Insertion | None:
+        """Rows that come in before the decoder, called right after `visual_tokens`; None for none. Each shares index and
+        position of the token that it comes behind, sees all up to it and the rows in between, and is seen by what follows;
+        the sequence keeps its length. Other methods see it as a visual token in no picture."""
+        return None
+
     def decoder_layer(self, at: DecoderLayer) -> Reduction | None:
         """Select or merge tokens before a decoder layer, at prefill; None leaves them."""
         return None
+
+    def merged(self, at: VisualTokens, reduction: Reduction) -> Tensor:
+        """(B, n, D), what its reduction in `visual_tokens` or `decoder_layer` makes of `at.hidden`: where tokens merged, their
+        average weighted by size."""
+        return reduction.apply(at.hidden, at.size)
 
     def sparse_attention(self, at: AttentionCall) -> TokenSet | BlockLists | None:
         """Which part of a layer's attention to compute, at prefill; None computes all of it. Only one method of a model may
@@ -344,8 +378,10 @@ __all__ = [
     "CacheEntries",
     "DecoderLayer",
     "EntryScores",
+    "Insertion",
     "Method",
     "Modality",
+    "Patches",
     "Positions",
     "Reduction",
     "Run",

@@ -154,6 +154,29 @@ def survivors_plot(rows: Sequence[tuple[str, Sequence[Panel]]]) -> Figure:
     return figure
 
 
+def training_plot(log: Sequence[Mapping[str, float]], level: float) -> Figure:
+    """Accuracy (percent, with the unpatched model's level, 0 to 1) over the steps of a training, and below it the loss."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    above.axhline(100 * level, color="black", linewidth=1, linestyle=(0, (6, 3)))
+    above.annotate(
+        f"unpatched\n{100 * level:.1f}", (1.01, 100 * level), xycoords=("axes fraction", "data"), va="center"
+    )
+    above.plot(
+        [row["step"] for row in log], [100 * row["accuracy"] for row in log], "o-", color=COLORS[0], markersize=4
+    )
+    above.set_ylabel("accuracy, %")
+    rows = [row for row in log if "loss" in row]
+    below.plot([row["step"] for row in rows], [row["loss"] for row in rows], "s-", color=COLORS[1], markersize=4)
+    below.set_ylabel("loss")
+    below.set_xlabel("step")
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e4e4e4", linewidth=0.7)
+        axes.set_axisbelow(True)
+    return figure
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG, and say where."""
     figure.savefig(path, dpi=DPI)

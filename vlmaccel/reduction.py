@@ -32,12 +32,14 @@ def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
 class Reduction:
     """A selection or merge of the N tokens of each of B samples down to n slots.
 
-    keep: (B, n) int64, index of the token that each slot represents; no index twice.
+    keep: (B, n) int64, index of the token that each slot represents, no index twice; of an inserted slot, that of the
+        token it comes behind.
     group: (B, N) int64, slot that each original token joined, -1 if it was dropped.
     size: (B, n) int64, how many original tokens a slot stands for. Samples of a batch may keep different numbers of
         tokens: the shorter ones are filled up with slots of size 0, which every attention masks.
     merges: whether some slot stands for several tokens (then `apply` averages, otherwise it only gathers).
     partition: whether it is known that every token joined a slot and no slot is a filler.
+    inserts: whether there may be slots that no token is in, see `Insertion`; they count as one token.
     """
 
     keep: Tensor
@@ -45,6 +47,7 @@ class Reduction:
     size: Tensor
     merges: bool = False
     partition: bool = False
+    inserts: bool = False
 
     @classmethod
     def identity(cls, batch: int, n: int, device: torch.device | str = "cpu") -> Reduction:
@@ -83,6 +86,17 @@ class Reduction:
         partition = bool((group >= 0).all()) and bool((reduction.size > 0).all())
         return cls(reduction.keep, group, size, merges=True, partition=partition)
 
+    @property
+    def own(self) -> Tensor:
+        """(B, n) bool, the slots that the token of their `keep` is in: no fillers, nothing inserted."""
+        slot = torch.arange(self.keep.shape[1], device=self.keep.device)
+        return self.group.gather(1, self.keep) == slot
+
+    @property
+    def inserted(self) -> Tensor:
+        """(B, n) bool, the slots that came in behind a token."""
+        return ~self.own & (self.size > 0) if self.inserts else torch.zeros_like(self.keep, dtype=torch.bool)
+
     def apply(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         """Reduce `x` (B, N, ...) to (B, n, ...): gather, or the average weighted by `size` (B, N) where tokens merged.
 
@@ -109,7 +123,7 @@ class Reduction:
         if times == 1:
             return self
         keep, group, size = (x.repeat_interleave(times, 0) for x in (self.keep, self.group, self.size))
-        return Reduction(keep, group, size, self.merges, self.partition)
+        return Reduction(keep, group, size, self.merges, self.partition, self.inserts)
 
     def then(self, later: Reduction) -> Reduction:
         """The single reduction that does this one and then `later` (which counts this one's slots as its tokens)."""
@@ -118,13 +132,38 @@ class Reduction:
         partition = self.partition and later.partition
         if not partition:
             group = group.masked_fill(self.group < 0, -1)
-        return Reduction(keep, group, later.total(self.size), self.merges or later.merges, partition)
+        merges, inserts = self.merges or later.merges, self.inserts or later.inserts
+        return Reduction(keep, group, later.total(self.size), merges, partition, inserts)
 
     def total(self, size: Tensor) -> Tensor:
         """Sum of the `size` (B, N) of every slot's members, (B, n) int64."""
         if self.partition:
             return torch.zeros_like(self.keep).scatter_add_(1, self.group, size)
-        return _sum(self.group, self.keep.shape[1], size)
+        total = _sum(self.group, self.keep.shape[1], size)
+        return total + self.inserted if self.inserts else total
+
+
+@dataclass(frozen=True, eq=False)
+class Insertion:
+    """Rows that stand for no token, put behind tokens.
+
+    behind: (B, R) int64, the token that each comes behind, in the order given, and whose place in the sequence it shares;
+        -1 for a filler, where a sample has fewer.
+    rows: (B, R, D), what they are.
+    """
+
+    behind: Tensor
+    rows: Tensor
+
+    def into(self, x: Tensor) -> tuple[Tensor, Reduction]:
+        """x (B, N, D) with the rows at their places, (B, N + R, D), and the `Reduction` that says which they are."""
+        batch, n, _ = x.shape
+        token = torch.arange(n, device=x.device).expand(batch, -1)
+        place = torch.cat([token, self.behind.to(x.device)], 1)
+        order = place.argsort(dim=1, stable=True)
+        keep = place.gather(1, order)
+        reduction = Reduction(keep.clamp(min=0), order.argsort(dim=1)[:, :n], (keep >= 0).long(), inserts=True)
+        return gather(torch.cat([x, self.rows.to(x)], 1), order), reduction
 
 
 def _sum(group: Tensor, n: int, x: Tensor) -> Tensor:

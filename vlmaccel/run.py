@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,11 +48,35 @@ class TokenMap:
 
 
 @dataclass(frozen=True, eq=False)
+class Patches:
+    """What the vision tower tells of the tokens that it made of pictures: each of one patch, or of a group of neighbours.
+
+    row: (B, N) int64, row of every token in the tables (M > 0), -1 for one that is none of them (text, newlines).
+    attention: (M,) float32, what each gets in one of the tower's last blocks, the mean over heads: of the attention of the
+        class token where there is one; else of all patches it is seen by (of its picture, frame or window), their sum.
+    keys: (M, head_dim) float32, its key there without rotary positions, the mean over heads.
+    features: (M, C), what methods average: what goes into the projector if that takes one patch at a time, else tokens.
+    project: makes tokens (K, D) of features (K, C).
+    """
+
+    row: Tensor
+    attention: Tensor
+    keys: Tensor
+    features: Tensor
+    project: Callable[[Tensor], Tensor]
+
+    def at(self, index: Tensor) -> Patches:
+        """The same for the tokens at `index` (B, n)."""
+        return replace(self, row=gather(self.row, index))
+
+
+@dataclass(frozen=True, eq=False)
 class Stage:
     """What was left from one decoder layer on.
 
     layer: 0-based decoder layer whose input is the first with these tokens.
-    keep: (B, n) int64, logical (whole-sequence) index of every remaining token.
+    keep: (B, n) int64, logical (whole-sequence) index of every remaining token; of an inserted row, that of the token it
+        comes behind.
     size: (B, n) int64, how many tokens each stands for, 0 for a filler.
     group: (B, N) int64, slot that each token of the sequence joined, -1 if it was dropped.
     """
@@ -73,6 +98,7 @@ class Run:
     may_reduce: whether tokens may be dropped in this forward (it is a prefill, and the cache can hold fewer).
     multimodal: whether the model takes pictures (text-only prompts of such a model too).
     last_only: whether only the last token's output is wanted. labels: (B, length) of training, or None.
+    find_patches: what the vision tower tells of the new tokens; None where no method asks for it.
     """
 
     tokens: TokenMap
@@ -83,6 +109,7 @@ class Run:
     multimodal: bool = False
     last_only: bool = False
     labels: Tensor | None = None
+    find_patches: Callable[[], Patches] | None = None
     reduction: Reduction | None = None
     prop_attn: bool = False
     calibrated: Tensor | None = None  # (B, n) bool, remaining tokens whose keys are calibrated by distance
@@ -127,15 +154,26 @@ class Run:
 
     @property
     def remaining(self) -> TokenMap:
-        """Map of the tokens that are left; fillers count as padding."""
+        """Map of the tokens that are left; fillers count as padding. An inserted row has the modality of the token that it
+        comes behind, but is in no image, so that no method drops or merges it."""
         if self.reduction is None:
             return self.tokens
         if self._now is None:
             now = self.tokens.at(self.reduction.keep)
             filler = self.reduction.size == 0
-            modality = now.modality.masked_fill(filler, Modality.PAD)
-            self._now = TokenMap(modality, now.image.masked_fill(filler, -1), now.grid)
+            modality, outside = now.modality.masked_fill(filler, Modality.PAD), filler | self.reduction.inserted
+            self._now = TokenMap(modality, now.image.masked_fill(outside, -1), now.grid)
         return self._now
+
+    def whole(self, x: Tensor) -> Tensor:
+        """(B, length, ...) what the remaining tokens have, x (B, n, ...), at their places in the sequence; 0 elsewhere."""
+        if self.reduction is None:
+            return x
+        place, room = self.reduction.keep.to(x.device), self.length
+        if self.reduction.inserts:  # several rows may be at one place, of which one is the token
+            place, room = place.masked_fill(~self.reduction.own.to(x.device), self.length), self.length + 1
+        place = place.view(*place.shape, *[1] * (x.ndim - 2)).expand_as(x)
+        return x.new_zeros(x.shape[0], room, *x.shape[2:]).scatter(1, place, x)[:, : self.length]
 
     def reduce(
         self,
@@ -151,7 +189,8 @@ class Run:
         self.reduction, self._now = whole, None
         self.prop_attn |= prop_attn or calibrated
         if renumber:
-            kept = torch.zeros_like(self.tokens.modality, dtype=torch.bool).scatter(1, whole.keep, whole.size > 0)
+            real = (whole.size > 0).long()  # of several rows at one place, one is enough
+            kept = torch.zeros_like(self.tokens.image).scatter_add(1, whole.keep, real) > 0
             gone = (self.tokens.modality != Modality.PAD) & ~kept
             self.removed = gone.cumsum(1).gather(1, whole.keep)
             self.removed_in_all = gone.sum(1, keepdim=True)

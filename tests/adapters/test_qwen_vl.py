@@ -286,11 +286,13 @@ def test_calibration_turns_by_the_rotary_frequencies_of_the_model(kind: str) -> 
 def test_calibrated_attention_adds_to_the_keys_of_pictures_only(kind: str) -> None:
     """One merge at the last layer: its attention by hand, from the layer's own input."""
     model, batch = build(kind, "eager"), inputs(kind)
-    method = Pool(layer=DEPTH - 1, ratio=0.5, calibrated=True)
+    method = Pool(layer=DEPTH - 1, ratio=0.5)
     rows: dict[bool, Tensor] = {}
     last = model.model.language_model.layers[-1].self_attn
     for calibrated in (False, True):
-        with vlmaccel.patched(model, replace(method, calibrated=calibrated, prop_attn=calibrated)):
+        with vlmaccel.patched(
+            model, replace(method, positions="calibrated" if calibrated else "keep", prop_attn=calibrated)
+        ):
             hook = last.register_forward_hook(
                 lambda module, args, out, key=calibrated: rows.update({key: out[1][0, :, -1]})
             )
@@ -369,7 +371,7 @@ METHODS: dict[str, Method] = {
     "magnitude": Magnitude(layer=0, ratio=0.4),
     "pyramiddrop": PyramidDrop(ratio=0.6),
     "pool": Pool(layer=1, ratio=0.4),
-    "tome": ToMeDecoder(layer=2, ratio=0.4, calibrated=True),
+    "tome": ToMeDecoder(layer=2, ratio=0.4, positions="calibrated"),
     "snapkv": SnapKV(budget=0.5, window=4),
 }
 

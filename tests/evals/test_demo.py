@@ -1,24 +1,25 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.support.tiny_vqa import DEPTH, TOKENS, tiny_llava
+from tests.support.tiny_vqa import DEPTH, TOKENS, tiny_llava, tiny_qwen2_vl
 from vlmaccel.cli import app
-from vlmaccel.evals import budgets, demo
+from vlmaccel.evals import budgets, demo, demo_report
 from vlmaccel.evals.demo_report import standard_error
 from vlmaccel.evals.vqa import answer, load, prepare
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return tiny_llava()
+@pytest.fixture(scope="module", params=[tiny_llava, tiny_qwen2_vl])
+def tiny(request):
+    return request.param()
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-llava")
+    folder = tmp_path_factory.mktemp("tiny")
     model, processor = tiny
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -72,10 +73,11 @@ def test_demo_end_to_end(checkpoint, tmp_path, monkeypatch):
         monkeypatch.setattr(budgets, name, value)
     for name in ("TURNS", "MAX_NEW_TOKENS"):
         monkeypatch.setattr(demo, name, 1)
-    out = tmp_path / "results"
-    ran = CliRunner().invoke(app, ["demo", "--questions", "8", "--model", str(checkpoint), "--out", str(out)])
+    results = tmp_path / "results"
+    ran = CliRunner().invoke(app, ["demo", "--questions", "8", "--model", str(checkpoint), "--out", str(results)])
     assert ran.exit_code == 0, ran.output
-    assert "10 collage and 1 easy-VQA questions, a part of the test split" in ran.output
+    out = results / checkpoint.name
+    assert f"{checkpoint.name}: 10 collage and 1 easy-VQA questions, a part of the test split" in ran.output
     lines = [line.strip() for line in ran.output.splitlines()]
     for method in budgets.METHODS:
         assert sum(line.startswith(method + " ") for line in lines) == 2
@@ -104,6 +106,18 @@ def test_demo_errors(tmp_path):
         demo.run(Counted(), questions=0)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         demo.run(Counted(), checkpoint=tmp_path / "nowhere")
+
+
+def test_demo_shows_every_shipped_model(monkeypatch, tmp_path):
+    """Without --model; what a run gives is tested above."""
+    ran, written = [], []
+    monkeypatch.setattr(demo, "run", lambda *args: ran.append(args[-1]) or SimpleNamespace(report={}))
+    monkeypatch.setattr(demo_report, "write", lambda result, out: written.append(out) or [out])
+    for name in ("table", "notes"):
+        monkeypatch.setattr(demo_report, name, lambda report: "")
+    assert CliRunner().invoke(app, ["demo", "--out", str(tmp_path)]).exit_code == 0
+    assert written == [tmp_path / "tiny-llava", tmp_path / "tiny-qwen2-vl"]
+    assert all((checkpoint / "model.safetensors").is_file() for checkpoint in ran)
 
 
 def test_standard_error():

@@ -17,6 +17,11 @@ SMALL = {
     "mixed-precision-kv": {"group": 4, "residual": 4},
     "quest": {"page": 4},
     "snapkv": {"window": 4},
+    "visionzip": {"ratio": 0.6, "contextual": 0.4},
+    "vispruner": {"ratio": 0.6},
+    "sparsevlm": {"ratios": (0.6, 0.4, 0.2)},
+    "registers": {"registers": 2},
+    "victor": {"registers": torch.randn(2, 32, generator=torch.Generator().manual_seed(0))},
 }
 KINDS = ("llava-clip-llama", "llava-siglip-qwen2", "qwen3", "mistral-sliding")
 
@@ -37,7 +42,7 @@ def steps(model, inputs, count=4):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_gpu_gives_what_a_cpu_gives(kind, name):
-    if name == "tome" and not kind.startswith("llava"):
+    if name in ("tome", "visionzip", "vispruner") and not kind.startswith("llava"):
         pytest.skip("a text model has no vision tower")
     inputs = models.inputs(kind, 3, pad=True)
     model = models.build(kind)

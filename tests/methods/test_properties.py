@@ -42,13 +42,14 @@ METHODS = {
     "cdpruner": CDPruner(ratio=0.4),
     "cdpruner-unlike": CDPruner(layer=2, ratio=0.4, relevance="unlike", positions="keep"),
     "random": Random(layer=0, ratio=0.4),
+    "random-calibrated": Random(layer=1, ratio=0.4, positions="calibrated"),
     "uniform": Uniform(layer=0, ratio=0.4, positions="renumber"),
     "pool": Pool(layer=0, ratio=0.4),
     "pool-prop-attn": Pool(layer=3, ratio=0.4, prop_attn=True),
-    "pool-calibrated": Pool(layer=1, ratio=0.4, calibrated=True),
+    "pool-calibrated": Pool(layer=1, ratio=0.4, positions="calibrated"),
     "tome-decoder": ToMeDecoder(layer=2, ratio=0.4),
     "tome-decoder-renumber": ToMeDecoder(layer=0, ratio=0.2, prop_attn=False, position="first", positions="renumber"),
-    "tome-decoder-calibrated": ToMeDecoder(layer=1, ratio=0.6, calibrated=True),
+    "tome-decoder-calibrated": ToMeDecoder(layer=1, ratio=0.6, positions="calibrated"),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 VLM = "llava-clip-llama"
@@ -181,7 +182,7 @@ def test_decoding_over_the_cache_is_recomputing(method, kind):
         model(**batch)
         stages = {stage.layer: stage for stage in vlmaccel.stats(model).stages}
     whole = with_answer(batch, later)
-    with vlmaccel.patched(model, Replay(stages, method.positions, method.prop_attn, method.calibrated)):
+    with vlmaccel.patched(model, Replay(stages, method.positions, method.prop_attn)):
         again = model(**whole, use_cache=False).logits[:, -8:]
     assert torch.allclose(steps, again, atol=5e-5)
 
@@ -194,7 +195,6 @@ class Replay(Method):
     stages: dict[int, Stage]
     positions: Positions = "keep"
     prop_attn: bool = False
-    calibrated: bool = False
 
     def decoder_layers(self, depth):
         return tuple(self.stages)
@@ -279,12 +279,12 @@ def test_half_precision_runs_and_keeps_the_counts(method):
     st.floats(0, 1),
     st.integers(1, DEPTH - 1),
     st.sampled_from(sorted(METHODS)),
-    st.sampled_from(["keep", "renumber"]),
+    st.sampled_from(["keep", "renumber", "calibrated"]),
 )
 def test_any_lengths_budgets_and_paddings(lengths, ratio, layer, name, positions):
     model = build("llama")
     method = METHODS[name]
-    options = {"ratio": ratio, "positions": "keep" if method.calibrated else positions}
+    options = {"ratio": ratio, "positions": positions}
     method = replace(method, **options, **({} if isinstance(method, PyramidDrop) else {"layer": layer}))
     generator = torch.Generator().manual_seed(sum(lengths))
     prompts = [torch.randint(2, 100, (n,), generator=generator).tolist() for n in lengths]

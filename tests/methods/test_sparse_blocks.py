@@ -546,3 +546,18 @@ def test_short_prompts_and_half_precision(name: str) -> None:
     half = build("llama").bfloat16()
     with vlmaccel.patched(half, METHODS[name]):
         assert torch.stack(half.generate(**long_inputs(LENGTHS), **GREEDY).logits).isfinite().all()
+
+
+@every_method
+@torch.no_grad()
+def test_weights_that_are_no_numbers_raise_and_leave_the_model_usable(name: str) -> None:
+    model, batch, method = build("llama"), long_inputs(LENGTHS), METHODS[name]
+    with vlmaccel.patched(model, method):
+        right = decode(model, batch, answer_tokens(3))
+        weight = model.model.layers[2].self_attn.k_proj.weight
+        whole = weight.clone()
+        weight[3] = torch.nan
+        with pytest.raises(ValueError, match=f"{method.name}.*decoder layer 2 are NaN.*bfloat16"):
+            model(**batch)
+        weight.copy_(whole)
+        assert all(map(torch.equal, decode(model, batch, answer_tokens(3)), right))

@@ -121,7 +121,7 @@ def test_speedup_is_met_by_the_fewest_merges(speedup, depth, patches, inflect):
         (dict(speedup=float("nan")), "1 or more"),
         (dict(after="drop"), "'unmerge', 'carry'"),
         (dict(position="last"), "'median', 'first'"),
-        (dict(positions="renumber", calibrated=True), 'positions="keep"'),
+        (dict(positions="calibrate"), "positions"),
         (dict(match="values"), "'keys', 'random'"),
     ],
 )
@@ -211,7 +211,7 @@ def one_picture(kind):
 @torch.no_grad()
 def test_carried_tokens_go_into_the_decoder_with_their_sizes(kind, calibrated, position):
     model, batch = build(kind), one_picture(kind)
-    carry = ToMe(r=2, after="carry", calibrated=calibrated, position=position)
+    carry = ToMe(r=2, after="carry", positions="calibrated" if calibrated else "keep", position=position)
     with vlmaccel.patched(model, ToMe(r=2)):
         want, left = by_hand(model, batch, calibrated, position)
         unmerged = model(**batch).logits[0, -1]

@@ -755,7 +755,7 @@ def test_merged_tokens_that_weigh_more_are_refused() -> None:
         pytest.raises(NotImplementedError, match="ZipVL.*merged.*prop_attn=False"),
     ):
         model(**batch)
-    with vlmaccel.patched(model, [ToMeDecoder(prop_attn=False, calibrated=False), SMALL]):
+    with vlmaccel.patched(model, [ToMeDecoder(prop_attn=False), SMALL]):
         got = decode(model, batch, answer_tokens(3))
         assert got[1].isfinite().all() and min(vlmaccel.stats(model).attended) < 1
     assert usable(model, batch, plain)

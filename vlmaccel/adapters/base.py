@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmaccel.adapters.patches import PatchParts
 from vlmaccel.adapters.vision import VisionParts
 from vlmaccel.hooks import Method
 from vlmaccel.run import Modality, TokenMap
@@ -71,6 +72,13 @@ class Adapter:
     def vision(self, model: nn.Module) -> VisionParts:
         """Find the blocks of the vision tower, where the adapter has the hook point `vision_block`."""
         raise NotImplementedError
+
+    def patches(self, model: nn.Module) -> PatchParts:
+        """Find where the vision tower's attention can be seen; raises NotImplementedError where it cannot."""
+        raise NotImplementedError(
+            f"the method reads the attention of a vision tower, which the adapter {self.name!r} does not have; those of "
+            "LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL and Qwen3-VL do"
+        )
 
     def depth(self, model: nn.Module) -> int:
         """Layers of the decoder, or blocks of the tower where there is no decoder."""

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache as cache_result
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from vlmaccel.adapters.base import Adapter, Parts, by_name
 from vlmaccel.adapters.decode import DecodeAttention
 from vlmaccel.adapters.entries import Entries
+from vlmaccel.adapters.patches import PatchHooks
 from vlmaccel.adapters.scores import CacheScores, LayerScores
 from vlmaccel.adapters.sparse import SparseAttention, sparse_call
 from vlmaccel.adapters.view import View, apply_view, layer_view, renumbered
@@ -59,8 +61,10 @@ class DecoderHooks:
     they write into `Local`.
     """
 
-    def __init__(self, parts: Parts, adapter: Adapter, methods: Sequence[Method]) -> None:
-        self.parts, self.adapter, self.methods = parts, adapter, tuple(methods)
+    def __init__(
+        self, parts: Parts, adapter: Adapter, methods: Sequence[Method], patches: PatchHooks | None = None
+    ) -> None:
+        self.parts, self.adapter, self.methods, self.patches = parts, adapter, tuple(methods), patches
         self.depth = len(self.parts.layers)
         self.last: Finished | None = None
         self._local = Local()
@@ -71,6 +75,7 @@ class DecoderHooks:
                     f"{method!r} renumbers positions, and in {type(parts.base).__name__} a token has {parts.axes} of them (time, "
                     'row, column), of which no order is left; use positions="keep"'
                 )
+            method.check_decoder(parts.config.hidden_size, parts.base.config.model_type)
         points = ("decoder_layers", "attention_layers", "sparse_layers", "cache_layers")
         self._at = {point: self._acting(point) for point in points}
         sparse = {method for acting in self._at["sparse_layers"].values() for method in acting}
@@ -166,6 +171,8 @@ class DecoderHooks:
         if run.length > 1 and self._can_prune(cache):
             run.may_reduce = True
             run.prepare(mask, call.get("labels"), call.get("logits_to_keep", 0))
+            if self.patches is not None:
+                run.find_patches = cache_result(partial(self.patches.find, tokens, given))
 
     def _can_prune(self, cache: Any) -> bool:
         if cache is None or prunable(cache):
@@ -186,7 +193,7 @@ class DecoderHooks:
         hidden, cache = (args[0] if args else kwargs["hidden_states"]), cache_of(kwargs)
         held = cache.layers[i] if cache is not None and i < len(cache.layers) else None
         if run.index is not None and 0 < i <= self.parts.deepstack:
-            hidden = gather(hidden, run.index.to(hidden.device))
+            hidden = remaining(hidden, run)
         if run.may_reduce:
             hidden = self._reduce(run, i, module, hidden, kwargs, held)
             if i in self._at["attention_layers"]:
@@ -251,7 +258,10 @@ class DecoderHooks:
         """What is left of the sequence at its places in the whole, for the features that the decoder adds there; the next
         layer takes it out again."""
         run = self._local.run
-        return None if run is None or run.index is None else scattered(output, run)
+        if run is None or run.index is None:
+            return None
+        run.views["output"] = output  # inserted rows have no place in the whole
+        return run.whole(output)
 
     @torch.compiler.disable
     def _on_rotary(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -264,6 +274,10 @@ class DecoderHooks:
         if i == 0:
             for method in self._before:
                 hidden = self._apply(run, i, method, method.visual_tokens(VisualTokens(run, hidden)), hidden)
+                insertion = method.insert(VisualTokens(run, hidden))
+                if insertion is not None:
+                    hidden, reduction = insertion.into(hidden)
+                    run.reduce(i, reduction)
         for method in self._at["decoder_layers"].get(i, ()):
             scores = Later(self.parts, run, module, hidden, kwargs, held)
             at = DecoderLayer(run, hidden, i, self.depth, scores)
@@ -276,9 +290,9 @@ class DecoderHooks:
         check_fits(method, reduction, hidden)
         if reduction.keep.shape == reduction.group.shape and bool((reduction.size == 1).all()):
             return hidden
-        hidden = reduction.apply(hidden, run.size)
+        hidden = method.merged(VisualTokens(run, hidden), reduction)
         weighed = method.prop_attn is None or method.prop_attn
-        run.reduce(i, reduction, self._renumbers(method), weighed, method.calibrated)
+        run.reduce(i, reduction, self._renumbers(method), weighed, method.positions == "calibrated")
         return hidden
 
     def _renumbers(self, method: Method) -> bool:
@@ -322,7 +336,9 @@ class DecoderHooks:
     @torch.compiler.disable
     def _on_norm(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         run = self._local.run
-        if run is None or run.reduction is None or run.last_only:
+        if run is None or run.reduction is None:
+            return None
+        if run.last_only and not run.reduction.inserts:  # else the last row may be none of a token
             return None
         labels, group = run.labels, run.reduction.group
         if labels is not None and labels.shape == group.shape and bool(((labels != -100) & (group < 0)).any()):
@@ -330,7 +346,7 @@ class DecoderHooks:
         if self.parts.deepstack == self.depth:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        return (scattered(hidden, run), *args[1:]), {}
+        return (run.whole(hidden), *args[1:]), {}
 
     @torch.compiler.disable
     def _after_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -366,6 +382,11 @@ class Later:
         """See `vlmaccel.hooks.Scores.keys`."""
         return self._made().keys()
 
+    @torch.no_grad()
+    def turned(self, rows: Tensor) -> Tensor:
+        """See `vlmaccel.hooks.Scores.turned`."""
+        return self._made().turned(rows)
+
     def _made(self) -> LayerScores:
         if self._scores is None:
             parts, run, module, hidden, kwargs, held = self._what
@@ -374,12 +395,14 @@ class Later:
         return self._scores
 
 
-def scattered(hidden: Tensor, run: Run) -> Tensor:
-    """(B, length, D) hidden states of the remaining tokens (B, n, D) at their places in the sequence, 0 elsewhere."""
+def remaining(whole: Tensor, run: Run) -> Tensor:
+    """(B, n, D) hidden states of what is left of the whole sequence (B, length, D); inserted rows as the layer before left them."""
     assert run.reduction is not None
-    keep = run.reduction.keep.to(hidden.device)
-    whole = hidden.new_zeros(hidden.shape[0], run.length, hidden.shape[-1])
-    return whole.scatter(1, keep[..., None].expand_as(hidden), hidden)
+    hidden = gather(whole, run.reduction.keep)
+    if not run.reduction.inserts:
+        return hidden
+    inserted = run.reduction.inserted.to(whole.device)[..., None]
+    return torch.where(inserted, run.views["output"].to(whole.device), hidden)
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:

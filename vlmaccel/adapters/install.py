@@ -9,12 +9,13 @@ from torch import nn
 
 from vlmaccel.adapters.base import Adapter
 from vlmaccel.adapters.decoder import DecoderHooks
+from vlmaccel.adapters.patches import PatchHooks
 from vlmaccel.adapters.vision import VisionHooks
 from vlmaccel.hooks import Method
 
 
 class Patch:
-    """What `vlmaccel.patch` puts into a model. decoder, vision: the hooks there, None where there are none."""
+    """What `vlmaccel.patch` puts into a model. decoder, vision, patches: the hooks there, None where there are none."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, methods: Sequence[Method]) -> None:
         self.methods = tuple(methods)
@@ -25,10 +26,12 @@ class Patch:
                         f"{method!r} acts at {point}, which the adapter {adapter.name!r} does not have; "
                         f"it has {', '.join(adapter.hook_points)}"
                     )
-        parts = adapter.parts(model)
-        self.decoder = None if parts is None else DecoderHooks(parts, adapter, self.methods)
         merging = [method for method in self.methods if "vision_block" in method.hook_points()]
         self.vision = VisionHooks(adapter.vision(model), merging) if merging else None
+        looking = any(method.sees_patches for method in self.methods)
+        self.patches = PatchHooks(adapter.patches(model), self.vision) if looking else None
+        parts = adapter.parts(model)
+        self.decoder = None if parts is None else DecoderHooks(parts, adapter, self.methods, self.patches)
         for method in merging:
             if "visual_tokens" in method.hook_points() and self.vision and self.vision.parts.projector is None:
                 raise NotImplementedError(
@@ -39,7 +42,7 @@ class Patch:
 
     def install(self, model: nn.Module) -> None:
         """Put the hooks into the model that this Patch was made for."""
-        for hooks in (self.decoder, self.vision):
+        for hooks in (self.decoder, self.vision, self.patches):
             self._handles += [] if hooks is None else hooks.install(model)
 
     def remove(self) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from math import isqrt
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from vlmaccel.adapters.base import Adapter, Parts, picture_token_map
+from vlmaccel.adapters.patches import PatchParts, look_at_batch
 from vlmaccel.adapters.pictures import encode_pictures, nowhere, placeholders, raster
 from vlmaccel.adapters.text import decoder_parts
 from vlmaccel.adapters.transformers_vit import vision_parts
@@ -47,13 +50,26 @@ class LlavaAdapter(Adapter):
         base = self.parts(model).base
         used = base.config.vision_feature_layer
         if not isinstance(used, int):
-            raise NotImplementedError(f"merging in the tower needs one vision_feature_layer, not {used}")
+            raise NotImplementedError(f"methods in the tower need one vision_feature_layer, not {used}")
         tower = vision_parts(base.vision_tower)
         # hidden_states[0] is what goes into the first block
         last = used - 1 if used >= 0 else len(tower.blocks) + used
         # OneVision interpolates between projected patches, so those of a group do not stay equal
         as_they_are = not type(base).__name__.startswith("LlavaOnevision")
         return replace(tower, last=last, projector=base.multi_modal_projector if as_they_are else None)
+
+    def patches(self, model: nn.Module) -> PatchParts:
+        base, tower = self.parts(model).base, self.vision(model)
+        assert tower.last is not None
+        return PatchParts(
+            base.vision_tower,
+            tower.blocks[tower.last].attention,
+            ("q_proj", "k_proj"),
+            partial(look_at_batch, tower.prefix > 0),
+            base.multi_modal_projector,
+            one_by_one=True,
+            newline=partial(newline_of, base),
+        )
 
     def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:
         inputs = encode_pictures(base, inputs)
@@ -69,6 +85,13 @@ class LlavaAdapter(Adapter):
             lengths = [len(video) for video in encoded["video"].pooler_output]
             tokens = picture_token_map(special, lengths, Modality.VIDEO, tokens)
         return inputs, tokens
+
+
+def newline_of(base: nn.Module) -> Tensor | None:
+    """(D,) what stands behind every row of a mosaic of crops, None if nothing does."""
+    with align_module_device(base):
+        newline = getattr(base, "image_newline", None)
+        return None if newline is None else newline.detach().clone()
 
 
 def patch_grid(base: nn.Module, features: Tensor) -> Tensor:

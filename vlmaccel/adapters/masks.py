@@ -22,6 +22,7 @@ def physical_mask(
     window: int | None,
     dtype: torch.dtype,
     flash: bool = False,
+    inserts: bool = False,
 ) -> Tensor | None:
     """The mask of one decoder layer over its own slots.
 
@@ -29,7 +30,8 @@ def physical_mask(
         or additive; its last column is the newest token.
     rows: (B, n) int64, which of the `length` new tokens are left. columns: every slot, the new ones last.
     past: tokens before the new ones. heads: query heads. window: sliding window of the layer, in tokens.
-    flash: whether the attention is flash attention, whose masks are (B, K).
+    flash: whether the attention is flash attention, whose masks are (B, K). inserts: whether new rows may have the same
+        index; of these, a later one is not seen.
     Returns a mask of the same kind over (n, m); None where none is needed.
     Raises NotImplementedError for a mask of another kind (flex attention).
     """
@@ -50,6 +52,9 @@ def physical_mask(
         mask = _take(mask, rows, place.clamp(min=0), heads)
         if before > 0:
             mask = hide(mask, per_head(place >= 0, heads)[:, :, None])
+    if inserts:
+        n, m = mask.shape[2:]
+        mask = hide(mask, torch.ones(n, m, dtype=torch.bool, device=mask.device).tril(m - n))
     if columns.size is None:
         return mask
     mask = hide(mask, per_head(columns.size > 0, heads)[:, :, None])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vlmaccel.adapters.base import Adapter, Parts, picture_token_map
+from vlmaccel.adapters.patches import Block, PatchParts, received
 from vlmaccel.adapters.pictures import encode_pictures, placeholders
 from vlmaccel.adapters.text import decoder_parts
 from vlmaccel.hooks import Method
@@ -43,6 +46,17 @@ class QwenVLAdapter(Adapter):
     def default(self, depth: int) -> Method:
         return PyramidDrop()
 
+    def patches(self, model: nn.Module) -> PatchParts:
+        tower: Any = self.parts(model).base.visual
+        return PatchParts(
+            tower,
+            tower.blocks[max(0, len(tower.blocks) - 2)].attn,
+            ("qkv",),
+            partial(look_at_groups, tower.spatial_merge_size**2),
+            tower.merger,
+            one_by_one=False,
+        )
+
     def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:
         inputs = encode_pictures(base, inputs)
         encoded = inputs.get("mm_encoder_outputs") or {}
@@ -65,6 +79,23 @@ class QwenVLAdapter(Adapter):
             return tokens.grid
         positions = positions[-3:].to(tokens.image.device)
         return grid_of(positions.expand(-1, len(tokens.image), -1), tokens)
+
+
+def look_at_groups(group: int, block: Block) -> tuple[Tensor, Tensor]:
+    """`PatchParts.look` of a tower that sees all pictures in one row, each frame or window on its own, and makes a token of every
+    `group` neighbours: means over these."""
+    attention = block.attention
+    projected = block.projected["qkv"]
+    query, key, _ = projected.view(len(projected), 3, attention.num_heads, -1).unbind(1)  # (N, H, head_dim)
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+    query, rotated = rotate(query, key, *block.kwargs["position_embeddings"])
+    ends = block.kwargs["cu_seqlens"].to(key.device)
+    lengths, starts = ends.diff(), ends[:-1]
+    total = torch.zeros(len(key), device=key.device)
+    for length in lengths.unique().tolist():  # all that are as long at once
+        index = starts[lengths == length][:, None] + torch.arange(length, device=key.device)
+        total[index] = received(query[index].transpose(1, 2), rotated[index].transpose(1, 2), attention.scaling)
+    return total.view(1, -1, group).mean(-1), key.float().mean(1).unflatten(0, (1, -1, group)).mean(2)
 
 
 def rope_positions(base: Any, inputs: dict[str, Any], n: int) -> Tensor | None:

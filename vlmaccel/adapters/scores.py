@@ -62,6 +62,13 @@ class LayerScores:
             self._unrotated = projected(self._attention, "k", self._normed)
         return self._unrotated
 
+    @torch.no_grad()
+    def turned(self, rows: Tensor) -> Tensor:
+        """See `vlmaccel.hooks.Scores.turned`."""
+        turns = torch.cat([self._view.cos, self._view.sin], -1).float()
+        turns = turns / turns.norm(dim=-1, keepdim=True)
+        return gather(turns, rows.to(turns.device)) @ turns.mT
+
     def _rotated(self, which: str, rows: Tensor | None) -> Tensor:
         """(B, H, n, head_dim) projected states of some rows, in the models' order: projection, norm, rotation."""
         x, cos, sin = (t if rows is None else gather(t, rows) for t in (self._normed, self._view.cos, self._view.sin))
@@ -75,6 +82,9 @@ class LayerScores:
             return gather(view.mask, rows, 2)
         index = per_head(view.columns.index, heads)
         causal = causal_mask(gather(view.rows, rows), index, self._past, view.window)
+        earlier = index.shape[2] - view.rows.shape[1]
+        place = torch.arange(index.shape[2], device=rows.device)
+        causal &= place <= (rows + earlier)[:, None, :, None]  # of rows with one index, a later one is not seen
         return causal if view.mask is None else causal & (view.mask > 0)[:, None, None, :]
 
 

@@ -103,7 +103,8 @@ def sparse_call(run: Run, parts: Parts, layer: int, view: View, method: Method) 
         )
     if columns.prop_attn or columns.calibrated is not None:
         raise NotImplementedError(
-            f"{method!r} does not weigh merged tokens; give the method that merges prop_attn=False and calibrated=False"
+            f"{method!r} does not weigh keys, merged or calibrated; give the method before it prop_attn=False, and other positions than "
+            '"calibrated"'
         )
     window = window_of(config, layer)  # the view has it from a cache, which there may be none of
     passed = window is not None and run.past + run.length > window

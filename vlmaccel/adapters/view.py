@@ -53,7 +53,8 @@ def layer_view(run: Run, parts: Parts, kwargs: dict[str, Any], held: Any, hidden
         made = mask
         if run.reduction is not None or (isinstance(held, PrunedLayer) and before is not None):
             flash = is_flash_attention_requested(config=parts.config)
-            made = physical_mask(mask, rows, columns, run.past, run.length, heads, window, hidden.dtype, flash)
+            inserts = run.reduction is not None and run.reduction.inserts
+            made = physical_mask(mask, rows, columns, run.past, run.length, heads, window, hidden.dtype, flash, inserts)
             if columns.calibrated is not None:
                 made = calibrate(made, rows, columns, run.past, heads, hidden.dtype, _turned(run, parts, hidden))
         run.views[key] = (mask, made)

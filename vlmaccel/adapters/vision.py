@@ -152,6 +152,12 @@ class VisionHooks:
         self.__dict__.update(state, _local=Local(), _traced=Traced())
 
     @property
+    def merged(self) -> tuple[Reduction | None, Tensor | None]:
+        """The merges of all blocks before the one that runs, and the bias (B, n) on its keys; None where there are none."""
+        now = self._state.now
+        return (None, None) if now is None else (now.whole, now.bias)
+
+    @property
     def _last(self) -> int:
         """The block behind which every patch is there again."""
         return len(self.parts.blocks) - 1 if self.parts.last is None else self.parts.last

@@ -164,9 +164,10 @@ def run_bench(
 @torch.no_grad()
 def encode(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The same inputs with the pictures encoded and projected, as `generate` hands them to the decoder."""
-    pixels = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
+    pixels = {key: inputs[key] for key in ("pixel_values", "image_sizes", "image_grid_thw") if key in inputs}
     features = model.get_image_features(**pixels, return_dict=True)
-    return {key: value for key, value in inputs.items() if key not in pixels} | {
+    # grids of patches tell positions too
+    return {key: value for key, value in inputs.items() if key not in pixels or key == "image_grid_thw"} | {
         "mm_encoder_outputs": {"image": features}
     }
 

@@ -7,7 +7,7 @@ visual tokens over the layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,15 @@ def mean_kept(stages: Mapping[int, float], depth: int) -> float:
 
 def pyramid_ratio(mean: float, depth: int) -> float:
     """The `ratio` at which PyramidDrop keeps this fraction on average, to four digits."""
+    return ratio_for(mean, lambda ratio: PyramidDrop(ratio=ratio).stages(depth), depth)
+
+
+def ratio_for(mean: float, stages: Callable[[float], Mapping[int, float]], depth: int) -> float:
+    """The ratio whose `stages` keep this fraction on average, to four digits."""
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        if mean_kept(PyramidDrop(ratio=middle).stages(depth), depth) < mean:
+        if mean_kept(stages(middle), depth) < mean:
             low = middle
         else:
             high = middle

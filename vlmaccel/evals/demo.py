@@ -1,4 +1,5 @@
-"""The demo: a small LLaVA answers real questions, unpatched and with every method, at equal numbers of visual tokens.
+"""The demo: a small LLaVA and a small Qwen2-VL answer real questions, unpatched and with every method, at equal numbers of
+visual tokens.
 
 Every picture goes through the vision tower once: no method here changes what comes out.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmaccel
@@ -24,7 +26,8 @@ from vlmaccel.evals.timing import Measured, clock_for, machine, measure_in_turn,
 from vlmaccel.evals.vqa import Answer, Batch, VQAResult, answer, load, prepare
 from vlmaccel.methods import make
 
-CHECKPOINT = Path(vlmaccel.__file__).parent / "assets" / "tiny-llava"
+ASSETS = Path(vlmaccel.__file__).parent / "assets"
+CHECKPOINTS = {name: ASSETS / name for name in ("tiny-llava", "tiny-qwen2-vl")}
 TASKS = ("collage", "easy-vqa")
 CORE = ("shape-of-color", "color-of-shape", "exists-color", "exists-pair")  # questions that name one thing
 MAX_NEW_TOKENS = 20  # the longest answer is 16 words
@@ -75,13 +78,25 @@ def encode(model: Any, processor: Any, samples: Sequence[VQASample], progress: P
         pixels = inputs.pop("pixel_values").to(model.device, model.dtype)
         new = {s.image_id: i for i, s in enumerate(batch.samples) if s.image_id not in known}
         if new:
-            features = model.get_image_features(pixel_values=pixels[list(new.values())]).pooler_output
-            known |= dict(zip(new, features, strict=True))
+            chosen = some_pictures(pixels, inputs.get("image_grid_thw"), list(new.values()))
+            known |= dict(zip(new, model.get_image_features(**chosen).pooler_output, strict=True))
         pictures = [known[sample.image_id] for sample in batch.samples]
         inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=pictures)}
         batches.append(Batch(batch.samples, inputs))
         progress.advance(len(batch.samples))
     return Task(samples, batches)
+
+
+def some_pictures(pixels: Tensor, grids: Tensor | None, chosen: list[int]) -> dict[str, Tensor]:
+    """The pixel values of some pictures of a batch.
+
+    grids: of models that take pictures of any size, (pictures, 3), patches in time, height and width: there the rows of
+    `pixels` are patches.
+    """
+    if grids is None:
+        return {"pixel_values": pixels[chosen]}
+    patches = pixels.split(grids.prod(-1).tolist())
+    return {"pixel_values": torch.cat([patches[i] for i in chosen]), "image_grid_thw": grids[chosen].to(pixels.device)}
 
 
 def ask(model: Any, processor: Any, task: Task, progress: Progress) -> VQAResult:
@@ -145,12 +160,13 @@ def run(
     questions: int = QUESTIONS,
     full: bool = False,
     seed: int = 0,
-    checkpoint: Path = CHECKPOINT,
+    checkpoint: Path = CHECKPOINTS["tiny-llava"],
 ) -> Demo:
-    """The whole demo.
+    """The whole demo of one model.
 
     questions: how many about collages (to the next multiple of `PER_PICTURE`), with an eighth as many of easy-VQA.
-    full: the whole test split instead. seed: of the collages. checkpoint: a LLaVA trained on these tasks.
+    full: the whole test split instead. seed: of the collages. checkpoint: a model trained on these tasks whose
+        pictures all have the same number of visual tokens.
     """
     if questions < 1:
         raise ValueError(f"the demo needs at least one question, not {questions}")
@@ -159,12 +175,13 @@ def run(
     data = dict(zip(TASKS, whole_split(seed) if full else subset(questions, seed), strict=True))
     total = sum(map(len, data.values()))
     model, processor = load_faster(str(checkpoint), data["collage"])
-    depth, visual = model.config.get_text_config().num_hidden_layers, model.config.image_seq_length
+    progress.start(f"{checkpoint.name}: looking at the pictures", total)
+    tasks = {name: encode(model, processor, samples, progress) for name, samples in data.items()}
+    depth = model.config.get_text_config().num_hidden_layers
+    visual = len(tasks["collage"].batches[0].inputs["mm_encoder_outputs"]["image"].pooler_output[0])
     chosen = variants(depth, visual)
 
-    progress.start("looking at the pictures", total)
-    tasks = {name: encode(model, processor, samples, progress) for name, samples in data.items()}
-    progress.start("answering", total * (1 + sum(len(variant.runs) for variant in chosen)))
+    progress.start(f"{checkpoint.name}: answering", total * (1 + sum(len(variant.runs) for variant in chosen)))
     base = {name: ask(model, processor, task, progress) for name, task in tasks.items()}
     rows = []
     for variant in chosen:
@@ -174,7 +191,7 @@ def run(
                 runs.append({name: ask(model, processor, task, progress) for name, task in tasks.items()})
         rows.append(row(variant, runs, base))
     budgets = list(dict.fromkeys(variant.kept for variant in chosen))
-    progress.start("timing", (TURNS + 1) * (len(chosen) + len(budgets)))
+    progress.start(f"{checkpoint.name}: timing", (TURNS + 1) * (len(chosen) + len(budgets)))
     clock = clock_for(model.device)
     for kept in budgets:
         same = [variant for variant in chosen if variant.kept == kept]

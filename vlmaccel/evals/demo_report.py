@@ -58,7 +58,8 @@ def cells(report: Mapping[str, Any]) -> list[list[tuple[str, ...]]]:
 
 def title(report: Mapping[str, Any]) -> str:
     questions = report["questions"]
-    return f"{questions['collage']} collage and {questions['easy-vqa']} easy-VQA questions, {report['split']}"
+    asked = f"{questions['collage']} collage and {questions['easy-vqa']} easy-VQA questions, {report['split']}"
+    return f"{report['settings']['checkpoint']}: {asked}"
 
 
 def table(report: Mapping[str, Any]) -> Table:
@@ -147,7 +148,8 @@ def accuracy_chart(report: Mapping[str, Any]) -> Figure:
     return accuracy_plot(
         curves,
         report["unpatched"]["core"],
-        f"{_core(report)} questions about collages, {report['settings']['visual_tokens']} visual tokens",
+        f"{report['settings']['checkpoint']}: {_core(report)} questions about collages, "
+        f"{report['settings']['visual_tokens']} visual tokens",
         "decoder prefill FLOPs, percent of unpatched",
         "accuracy, percent",
     )

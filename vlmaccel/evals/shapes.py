@@ -60,10 +60,11 @@ class Shape:
 
 def _config(part: tuple[str, Mapping[str, Any]], depth: int | None, what: str) -> PreTrainedConfig:
     kind, fields = part
-    layers = fields["num_hidden_layers"]
+    name = "depth" if "depth" in fields else "num_hidden_layers"
+    layers = fields[name]
     if depth is not None and not 1 <= depth <= layers:
         raise ValueError(f"the {what} of this shape has {layers} layers: ask for 1 to {layers}, not {depth}")
-    return AutoConfig.for_model(kind, **{**fields, "num_hidden_layers": depth or layers})
+    return AutoConfig.for_model(kind, **{**fields, name: depth or layers})
 
 
 def _decoder(
@@ -111,6 +112,34 @@ _QWEN2_05B: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+
+def _qwen2_vl(about: str, side: int, text: Mapping[str, Any], sections: list[int], **tower: int) -> Shape:
+    """A Qwen2-VL with one square picture of `side` pixels. sections: of M-RoPE. tower: fields of the vision tower."""
+    d, patch = text["hidden_size"], tower["patch_size"]
+    rope = {**text["rope_parameters"], "mrope_section": sections}
+    return Shape(
+        about,
+        ("qwen2_vl_text", {**text, "rope_parameters": rope}),
+        family="qwen2_vl",
+        vision=("qwen2_vl_vision", {"hidden_size": d, **tower}),
+        extra={
+            "tie_word_embeddings": True,
+            "image_token_id": text["vocab_size"] - 1,
+            "video_token_id": text["vocab_size"] - 2,
+        },
+        image=(side, side),
+        visual_tokens=(side // patch // 2) ** 2,
+    )
+
+
+def _qwen2_vl_2b(side: int) -> Shape:
+    text = _decoder(1536, 8960, 28, 12, 2, 151936, theta=1e6, tie_word_embeddings=True)
+    about = f"Qwen2-VL-2B, one {side}x{side} picture, {(side // 28) ** 2} visual tokens"
+    return _qwen2_vl(
+        about, side, text, [16, 24, 24], depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, patch_size=14
+    )
+
+
 SHAPES: dict[str, Shape] = {
     "llava-1.5-7b": Shape(
         "CLIP ViT-L/14-336 and Vicuna-7B, one 336x336 picture, 576 visual tokens",
@@ -147,6 +176,8 @@ SHAPES: dict[str, Shape] = {
         views=5,
         visual_tokens=729 + 54 * (54 + 1),
     ),
+    "qwen2-vl-2b": _qwen2_vl_2b(1092),
+    "qwen2-vl-2b-4k": _qwen2_vl_2b(1792),
     "llama-2-7b": Shape("text, Llama-2-7B", ("llama", _decoder(4096, 11008, 32, 32, 32, 32000))),
     "llama-3-8b": Shape("text, Llama-3-8B", ("llama", _decoder(4096, 14336, 32, 32, 8, 128256, theta=5e5))),
     "mistral-7b": Shape(
@@ -188,6 +219,17 @@ SHAPES: dict[str, Shape] = {
         image=(48, 48),
         views=5,
         visual_tokens=36 + 12 * (12 + 1),
+    ),
+    "tiny-qwen2-vl": _qwen2_vl(
+        "no published model: to try things in a second, 36 visual tokens",
+        48,
+        _decoder(64, 96, 6, 4, 2, 128),
+        [2, 3, 3],
+        depth=3,
+        embed_dim=32,
+        num_heads=2,
+        mlp_ratio=2,
+        patch_size=4,
     ),
     "tiny-llama": Shape("no published model: text, to try things in a second", ("llama", _TINY_LLAMA)),
 }
@@ -261,7 +303,8 @@ def prompt(
     fewer.
     Returns input_ids and attention_mask, int64 (batch, text_tokens + visual tokens), and for a
     vision-language model pixel_values, (batch, 3, H, W) or (batch, views, 3, H, W), with image_sizes (batch,
-    2) where the family takes views.
+    2) where the family takes views; in Qwen-VL (batch * patches, values of a patch), with image_grid_thw (batch, 3) and
+    mm_token_type_ids.
     """
     shape = get_shape(name)
     if text_tokens < 1 or batch < 1:
@@ -279,6 +322,14 @@ def prompt(
     picture = torch.full((batch, shape.visual_tokens), config.image_token_id)
     ids = torch.cat([ids[:, :first], picture, ids[:, first:]], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if shape.family == "qwen2_vl":
+        tower = config.vision_config
+        grid = [1, *(side // tower.patch_size for side in shape.image)]
+        values = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+        inputs["pixel_values"] = torch.randn(batch * grid[1] * grid[2], values, generator=rng).to(model.dtype)
+        inputs["image_grid_thw"] = torch.tensor([grid] * batch)
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
+        return {key: value.to(device) for key, value in inputs.items()}
     side = config.vision_config.image_size
     views = (shape.views,) if shape.views > 1 else ()
     inputs["pixel_values"] = torch.randn(batch, *views, 3, side, side, generator=rng).to(model.dtype)

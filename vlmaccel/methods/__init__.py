@@ -13,6 +13,7 @@ from vlmaccel.methods.baselines import Random, Uniform
 from vlmaccel.methods.block_sparse import BlockSparse
 from vlmaccel.methods.cdpruner import CDPruner
 from vlmaccel.methods.divprune import DivPrune
+from vlmaccel.methods.duplicates import Duplicates
 from vlmaccel.methods.entropy import EntropyEviction
 from vlmaccel.methods.evs import EVS
 from vlmaccel.methods.fastv import FastV
@@ -29,13 +30,18 @@ from vlmaccel.methods.pyramiddrop import PyramidDrop
 from vlmaccel.methods.pyramidkv import PyramidKV
 from vlmaccel.methods.quest import Quest
 from vlmaccel.methods.random_eviction import RandomEviction
+from vlmaccel.methods.registers import Registers
 from vlmaccel.methods.selection import Selection, SingleStage
 from vlmaccel.methods.sensitivity import Sensitivity
 from vlmaccel.methods.snapkv import SnapKV
+from vlmaccel.methods.sparsevlm import SparseVLM, SparseVLMPlus
 from vlmaccel.methods.streaming_llm import StreamingLLM
 from vlmaccel.methods.tome import ToMe
 from vlmaccel.methods.tome_decoder import ToMeDecoder
 from vlmaccel.methods.vertical_slash import VerticalSlash
+from vlmaccel.methods.victor import Victor
+from vlmaccel.methods.visionzip import VisionZip
+from vlmaccel.methods.vispruner import VisPruner
 from vlmaccel.methods.vl_cache import VLCache
 from vlmaccel.methods.zipvl import ZipVL
 
@@ -50,6 +56,13 @@ BUILTIN: tuple[type[Method], ...] = (
     DivPrune,
     CDPruner,
     EVS,
+    VisionZip,
+    VisPruner,
+    SparseVLM,
+    SparseVLMPlus,
+    Duplicates,
+    Registers,
+    Victor,
     Random,
     Uniform,
     Pool,
@@ -105,6 +118,7 @@ __all__ = [
     "BlockSparse",
     "CDPruner",
     "DivPrune",
+    "Duplicates",
     "EntropyEviction",
     "FastV",
     "FlexPrefill",
@@ -121,16 +135,22 @@ __all__ = [
     "Quest",
     "Random",
     "RandomEviction",
+    "Registers",
     "Selection",
     "Sensitivity",
     "SingleStage",
     "SnapKV",
+    "SparseVLM",
+    "SparseVLMPlus",
     "StreamingLLM",
     "ToMe",
     "ToMeDecoder",
     "Uniform",
     "VLCache",
     "VerticalSlash",
+    "Victor",
+    "VisPruner",
+    "VisionZip",
     "ZipVL",
     "check_options",
     "make",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmaccel.hooks import AttentionCall, BlockLists, Method
-from vlmaccel.methods.eviction import check_count
+from vlmaccel.methods.eviction import check_count, check_finite
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.methods.vertical_slash import BLOCKS, best, check_mass, in_one_piece
 
@@ -48,6 +48,7 @@ class BlockSparse(Method):
         if not in_one_piece(at.real) or self.mass == 1:
             return None
         share, own = block_attention(at, self.block)
+        check_finite(self, at, share)
         blocks = best(share, own.expand_as(share), self.blocks, self.mass).int()
         return BlockLists(blocks, blocks.new_empty(*blocks.shape[:3], 0), self.block)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from vlmaccel.hooks import CacheEntries, Method, Modality
+from vlmaccel.hooks import AttentionCall, CacheEntries, Method, Modality
 from vlmaccel.methods.budget import Budget, check_budget, entries_of, is_whole
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.reduction import Reduction
@@ -109,7 +109,7 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} is a whole number, {least} or more, not {value!r}")
 
 
-def check_finite(method: Method, at: CacheEntries, score: Tensor) -> None:
+def check_finite(method: Method, at: CacheEntries | AttentionCall, score: Tensor) -> None:
     """Raise ValueError if scores are NaN."""
     if bool(score.isnan().any()):
         raise ValueError(

@@ -17,6 +17,7 @@ from vlmaccel.hooks import AttentionCall, BlockLists, Method
 from vlmaccel.kernels.block_index import vertical_slash_index
 from vlmaccel.kernels.places import places
 from vlmaccel.methods.block_sparse import block_attention, block_means, blocks_of, by_means, row_blocks
+from vlmaccel.methods.eviction import check_finite
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.methods.vertical_slash import BLOCKS, best, check_mass, in_one_piece, last_rows, lines
 
@@ -53,6 +54,7 @@ class FlexPrefill(Method):
         if not in_one_piece(at.real) or self.gamma == 1:
             return None
         share, own = block_attention(at, self.block)
+        check_finite(self, at, share)
         attention = last_rows(at, self.block)
         true = blocks_of(attention.mean(2), self.block).sum(-1)
         rows, (n, m) = attention.shape[2], (at.query.shape[2], at.key.shape[2])

@@ -37,20 +37,12 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
 Position = Literal["median", "first"]
 
 
-def check_calibrated(calibrated: bool, positions: Positions | None) -> None:
-    """Raise ValueError unless the positions are those that calibrated attention is about."""
-    if calibrated and positions != "keep":
-        raise ValueError(
-            f'calibrated attention is about original positions: it needs positions="keep", not {positions!r}'
-        )
-
-
 class Selection(Method):
     """Before some decoder layers, keep the best-scored tokens of every image and drop the rest.
 
     target: what is dropped: "image" tokens, with a budget for each image; or prompt "text", all but its first token
         (an attention sink) and what follows the last prompt token. None: images where the model takes them, else text.
-    positions: "keep", "renumber" or None, see `Method`.
+    positions: "keep", "renumber", "calibrated" or None, see `Method`.
     """
 
     target: Target | None = None
@@ -125,6 +117,8 @@ def drop(at: VisualTokens, dropped: Tensor) -> Reduction:
     """Reduction without the `dropped` tokens (B, n) bool, and without padding where that makes the batch shorter."""
     wanted = ~dropped & (at.tokens.modality != Modality.PAD)
     wanted[:, -1] = True  # the model reads its next token off the last row, padding or not
+    if at.run.reduction is not None and at.run.reduction.inserts:  # behind which something may have come in
+        wanted |= at.run.reduction.keep == at.run.length - 1
     return Reduction.select(wanted)
 
 
@@ -193,10 +187,7 @@ def prompt_attention(at: DecoderLayer) -> Tensor:
 
 def to_logical(at: VisualTokens, values: Tensor) -> Tensor:
     """(B, n) values of the remaining tokens at their places in the whole sequence (B, length), 0 elsewhere."""
-    if at.run.index is None:
-        return values
-    whole = values.new_zeros(values.shape[0], at.run.length)
-    return whole.scatter(1, at.run.index.to(values.device), values)
+    return at.run.whole(values)
 
 
 def to_remaining(at: VisualTokens, values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmaccel.hooks import Method, Positions, Tower, VisionBlock, VisualTokens
 from vlmaccel.kernels.bipartite_match import bipartite_match, merged
-from vlmaccel.methods.selection import Position, check_calibrated, check_choice, representatives
+from vlmaccel.methods.selection import Position, check_choice, representatives
 from vlmaccel.reduction import Reduction
 from vlmaccel.run import Modality
 
@@ -40,7 +40,7 @@ class ToMe(Method):
         (section 4.1).
     after: what a decoder behind the tower gets: "unmerge" (default), every patch, with the value of its group; or
         "carry", one token a group, which stands at its `position` ("median" by default, or "first" member) and weighs as
-        its patches. positions, calibrated: for "carry", see `Method`.
+        its patches. positions: for "carry", see `Method`.
     match: "keys" (default), or "random", which merges as many patches, drawn with `seed` (baseline).
     """
 
@@ -54,7 +54,6 @@ class ToMe(Method):
     after: After = "unmerge"
     position: Position = "median"
     positions: Positions = "keep"
-    calibrated: bool = False
     match: Literal["keys", "random"] = "keys"
     seed: int = 0
 
@@ -87,7 +86,6 @@ class ToMe(Method):
         check_choice("after", self.after, get_args(After))
         check_choice("position", self.position, get_args(Position))
         check_choice("positions", self.positions, get_args(Positions))
-        check_calibrated(self.calibrated, self.positions)
 
     def hook_points(self) -> tuple[str, ...]:
         return ("vision_block", "visual_tokens") if self.after == "carry" else ("vision_block",)

@@ -25,7 +25,7 @@ class ToMeDecoder(Merging):
     and column away, in the next round 2, then 4; the best matched join. Keys are the layer's own, without rotary
     positions, averaged over heads. Text merges along the line.
 
-    layer (default 2), ratio (default 0.5), prop_attn (default on), position (default "median"), calibrated, and the others:
+    layer (default 2), ratio (default 0.5), prop_attn (default on), position (default "median"), and the others:
     see `Merging`.
     """
 

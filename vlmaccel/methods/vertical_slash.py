@@ -17,7 +17,7 @@ from vlmaccel.hooks import AttentionCall, BlockLists, Method
 from vlmaccel.kernels.attention_rows import attention_rows
 from vlmaccel.kernels.block_index import vertical_slash_index
 from vlmaccel.kernels.places import places
-from vlmaccel.methods.eviction import check_count
+from vlmaccel.methods.eviction import check_count, check_finite
 from vlmaccel.methods.selection import check_choice
 
 SINKS, NEAR = 30, 100  # first keys and last diagonals that are always computed (the paper's code)
@@ -60,6 +60,7 @@ class VerticalSlash(Method):
         if not in_one_piece(at.real) or self.mass == 1:
             return None
         keys, diagonals = lines(at, last_rows(at, self.last))
+        check_finite(self, at, keys)
         start = at.real.byte().argmax(1)[:, None, None]
         place = torch.arange(keys.shape[2], device=keys.device)
         sink = (place >= start) & (place < start + SINKS)

@@ -17,6 +17,7 @@ from vlmaccel.cache import PrunedLayer
 from vlmaccel.cache.mixed import MixedLayer
 from vlmaccel.hooks import AttentionCall, CacheEntries, Method, TokenSet
 from vlmaccel.kernels.score_rows import score_rows
+from vlmaccel.methods.eviction import check_finite
 from vlmaccel.methods.mixed_precision import MixedPrecisionKV
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.reduction import Reduction
@@ -90,11 +91,7 @@ class ZipVL(Method):
         prompt = at.real & ~candidates(at)
         rows = self._probe_rows(at, prompt)
         mass = received(at, rows)
-        if bool(mass.isnan().any()):
-            raise ValueError(
-                f"zipvl: the scores of decoder layer {at.layer} are NaN, so its keys or hidden states are not finite; "
-                "load the model in bfloat16 or float32"
-            )
+        check_finite(self, at, mass)
         score = (mass / seen_by(rows, at.key.shape[2]).clamp(min=1)).masked_fill(~prompt, -1)
         if self.rule == "mass":
             chosen = holding(self.tau, mass, score)

@@ -1,0 +1,54 @@
+"""The benchmark of methods that drop or merge visual tokens."""
+
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vlmaccel.cli import app
+from vlmaccel.evals.bench_tokens import Row, TokenBench, default_methods, render, run_token_bench
+from vlmaccel.evals.timing import Spread
+from vlmaccel.methods import Uniform, VisionZip
+
+
+@pytest.mark.parametrize("shape", ["tiny-qwen2-vl", "tiny-llava"])
+def test_rows(shape):
+    said = []
+    result = run_token_bench(shape, depth=3, repeats=1, progress=said.append)
+    assert [row.method for row in result.rows] == [repr(method) for method in default_methods(3, 36)]
+    for row in result.rows:
+        assert 0 < row.visual < 0.6 and row.bound > 1 and row.speedup.low > 0 and 0 < row.choosing.median < 1
+        assert row.efficiency.median == pytest.approx(row.speedup.median / row.bound)
+    assert {row.method.split("(")[0] for row in result.rows if row.from_pixels} == {"VisionZip", "VisPruner"}
+    assert result.visual_tokens == 36 and any("turn 1 of 1, Uniform" in text for text in said)
+    assert json.loads(json.dumps(result.facts()))["rows"][0]["efficiency"]["median"] > 0
+
+
+def test_the_vision_tower_is_in_both_or_in_neither():
+    plain, pixels = run_token_bench("tiny-llava", [Uniform(layer=0, ratio=0.25), VisionZip(ratio=0.25)], repeats=1).rows
+    assert plain.visual == pixels.visual == 0.25
+    assert pixels.bound < plain.bound  # a tower that costs the same either way
+
+
+def test_goals_are_said():
+    def said(efficiency, choosing):
+        row = Row("Uniform(ratio=0.5)", 0.5, False, 1.0, Spread(efficiency, 0, 2), Spread(choosing, 0, 1))
+        facts = {"name": "x", "threads": 1, "load": 0, "torch": "2"}
+        console = Console(width=200, record=True, file=StringIO())
+        for part in render(TokenBench("tiny", "float32", 1, 1, 9, 1, "cpu", Spread(1, 1, 1), (row,), facts)):
+            console.print(part, soft_wrap=isinstance(part, str))
+        return console.export_text()
+
+    assert "reached by all" in said(0.9, 0.01)
+    assert "not reached by Uniform" in said(0.8, 0.01) and "not reached by Uniform" in said(0.9, 0.04)
+
+
+def test_command(tmp_path):
+    file = tmp_path / "tokens.json"
+    options = ["--shape", "tiny-qwen2-vl", "--depth", "2", "--repeats", "1", "--out", str(file)]
+    result = CliRunner().invoke(app, ["bench", "tokens", *options, "--method", "divprune:ratio=0.5"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(file.read_text())[0]["rows"][0]["visual"] == 0.5
+    assert CliRunner().invoke(app, ["bench", "tokens", "--shape", "tiny-llama"]).exit_code == 2

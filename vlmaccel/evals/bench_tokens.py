@@ -1,0 +1,200 @@
+"""What dropping or merging visual tokens gains in the prefill of a model of a real shape, and what choosing them costs.
+
+The model as it is and every method take turns over the same prompt. The *bound* is the FLOPs of a prefill, counted while it
+runs, unpatched / patched, the methods' own scoring included; *efficiency* is the measured speed-up / the bound. *Choosing* is the
+share of the method's prefill that is spent in its hooks.
+
+Pictures are encoded beforehand, except for methods that look into the vision tower: these, and what they are compared with,
+start from pixels, and the tower counts. Random weights choose arbitrary tokens, but as many as trained ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from transformers import PreTrainedModel
+
+import vlmaccel
+from vlmaccel.evals.bench import DTYPES, encode, first_logits
+from vlmaccel.evals.bench_sparse import Stopwatch, share
+from vlmaccel.evals.shapes import build, get_shape, prompt
+from vlmaccel.evals.timing import Spread, Timing, clock_for, machine, measure_in_turn
+from vlmaccel.evals.token_sweep import before, inside
+from vlmaccel.flops import count_flops
+from vlmaccel.hooks import Method
+
+SHAPES = ("qwen2-vl-2b", "qwen2-vl-2b-4k")
+SHARE = 0.25  # of the visual tokens that the default methods leave
+HOOKS = ("visual_tokens", "insert", "attention", "decoder_layer", "merged")
+PLAIN, FROM_PIXELS = "unpatched", "unpatched, from pixels"
+CHEAP, EFFICIENT = 0.03, 0.85  # what every method should reach
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method. visual: visual tokens at a decoder layer's input, mean over layers, of all. from_pixels: whether the vision
+    tower is in its times. bound: FLOPs, unpatched / patched. choosing: share of the method's prefill in its hooks."""
+
+    method: str
+    visual: float
+    from_pixels: bool
+    bound: float
+    speedup: Spread
+    choosing: Spread
+
+    @property
+    def efficiency(self) -> Spread:
+        """Measured speed-up / bound."""
+        return Spread(*(x / self.bound for x in (self.speedup.median, self.speedup.low, self.speedup.high)))
+
+
+@dataclass(frozen=True)
+class TokenBench:
+    """All methods on one shape in one dtype. seconds: of the unpatched prefill, by wall clock."""
+
+    shape: str
+    dtype: str
+    depth: int
+    vision_depth: int
+    visual_tokens: int
+    repeats: int
+    clock: str
+    seconds: Spread
+    rows: tuple[Row, ...]
+    machine: dict[str, Any]
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        facts = asdict(self)
+        for row, values in zip(self.rows, facts["rows"], strict=True):
+            values["efficiency"] = asdict(row.efficiency)
+        return facts
+
+
+def default_methods(depth: int, visual: int, kept: float = SHARE) -> list[Method]:
+    """The methods of `vlmaccel eval tokens` at one share of the tokens, each once."""
+    every = [*before(kept), *inside(kept, depth, visual)]
+    return list({type(method): method for method in every}.values())
+
+
+def run_token_bench(
+    shape: str,
+    methods: Sequence[Method] | None = None,
+    *,
+    depth: int = 4,
+    vision_depth: int = 2,
+    dtype: str = "float32",
+    repeats: int = 3,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> TokenBench:
+    """Measure the prefill with every method.
+
+    shape: a vision-language name of `vlmaccel.evals.shapes.SHAPES`. methods: None for `default_methods`.
+    Raises ValueError for an unknown shape or dtype, or a shape without pictures.
+    """
+    say = progress or (lambda text: None)
+    if get_shape(shape).vision is None:
+        raise ValueError(f"{shape} sees no pictures")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    visual = get_shape(shape).visual_tokens
+    methods = default_methods(depth, visual) if methods is None else methods
+    say(f"building {shape} with {depth} layers in {dtype}")
+    model = build(shape, depth, DTYPES[dtype], vision_depth, device=device)
+    pixels: dict[str, Any] = prompt(model, shape)
+    encoded = encode(model, pixels)
+    inputs = {method: pixels if method.sees_patches else encoded for method in methods}
+
+    say("counting FLOPs")
+    whole = {False: count_flops(partial(first_logits, model, encoded))}
+    if any(method.sees_patches for method in methods):
+        whole[True] = count_flops(partial(first_logits, model, pixels))
+    found = {}
+    for method in methods:
+        with vlmaccel.patched(model, method):
+            found[method] = count_flops(partial(first_logits, model, inputs[method])), vlmaccel.stats(model)
+
+    ways: dict[str, Callable[[], object]] = {PLAIN: partial(first_logits, model, encoded)}
+    if True in whole:
+        ways[FROM_PIXELS] = partial(first_logits, model, pixels)
+    ways |= {repr(method): watched(model, inputs[method], method, device) for method in methods}
+    measured = measure_in_turn(
+        ways,
+        repeats,
+        contexts={repr(method): partial(vlmaccel.patched, model, method) for method in methods},
+        warmup=0,  # all have run
+        device=device,
+        progress=lambda way, turn: say(f"turn {turn + 1} of {repeats}, {way.split('(')[0]}"),
+    )
+    clock, rows = clock_for(device), []
+    for method in methods:
+        flops, stats = found[method]
+        assert isinstance(stats, vlmaccel.Stats)
+        base = FROM_PIXELS if method.sees_patches else PLAIN
+        rows.append(
+            Row(
+                method=repr(method),
+                visual=stats.mean_visual_tokens / stats.nominal_visual_tokens,
+                from_pixels=method.sees_patches,
+                bound=whole[method.sees_patches] / flops,
+                speedup=measured.speedup(repr(method), base, clock=clock),
+                choosing=share(measured, repr(method), "choosing", clock),
+            )
+        )
+    seconds, facts = measured.time(PLAIN), machine(model)
+    return TokenBench(shape, dtype, depth, vision_depth, visual, repeats, clock, seconds, tuple(rows), facts)
+
+
+def watched(
+    model: PreTrainedModel, inputs: Mapping[str, Any], method: Method, device: str
+) -> Callable[[], dict[str, Timing]]:
+    """A prefill and what of it is spent in the method."""
+    watch = Stopwatch(method, device, HOOKS)
+
+    def run() -> dict[str, Timing]:
+        with watch.running():
+            start = Timing.now(device)
+            first_logits(model, inputs)
+            return {"total": Timing.now(device) - start, "choosing": watch.spent}
+
+    return run
+
+
+def render(result: TokenBench) -> list[Table | str]:
+    """The rows as a table for a terminal, and whether they reach what they should."""
+    facts = result.machine
+    table = Table(
+        title=f"prefill of {result.shape}, {result.visual_tokens:,} visual tokens, {result.depth} layers, {result.dtype}",
+        caption=(
+            f"Speed-ups by {'processor' if result.clock == 'cpu' else 'wall clock'} time, turn by turn: median "
+            f"(smallest..largest) of {result.repeats}; unpatched {result.seconds.median:.3g} s. tokens: visual ones at a layer's "
+            "input. bound: counted FLOPs, unpatched / patched; efficiency: speed-up / bound. choosing: share of the method's prefill. "
+            f"*: from pixels, {result.vision_depth} layers of the vision tower included. {facts['name']}, "
+            f"{facts['threads']} threads, load {facts['load']}, torch {facts['torch']}"
+        ),
+        box=box.SIMPLE_HEAD,
+    )
+    for column in ("method", "tokens", "bound", "speed-up", "efficiency", "choosing"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in result.rows:
+        table.add_row(
+            row.method.split("(")[0] + " *" * row.from_pixels,
+            f"{row.visual:.0%}",
+            f"{row.bound:.2f}x",
+            f"[bold]{row.speedup}x[/bold]",
+            f"{row.efficiency.median:.2f}",
+            f"{row.choosing.median:.1%}",
+        )
+    missed = [
+        row.method.split("(")[0]
+        for row in result.rows
+        if row.choosing.median > CHEAP or row.efficiency.median < EFFICIENT
+    ]
+    goal = f"at most {CHEAP:.0%} for choosing, efficiency of {EFFICIENT} or more"
+    return [table, f"{goal}: " + (f"not reached by {', '.join(missed)}" if missed else "reached by all")]
