@@ -502,28 +502,34 @@ def kernels(
 @benches.command(name="tokens")
 def bench_tokens(
     shape: Annotated[
-        list[str] | None, typer.Option(help="One or several; default qwen2-vl-2b and qwen2-vl-2b-4k.")
+        list[str] | None,
+        typer.Option(help="One or several; default qwen2-vl-2b and qwen2-vl-2b-4k, in training llava-1.5-7b."),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="NAME or NAME:key=value; several times. Default: all, at a quarter.")
+        list[str] | None,
+        typer.Option(
+            help="NAME or NAME:key=value; several times. Default: all, at a quarter; in training pyramiddrop and registers."
+        ),
     ] = None,
+    training: Annotated[bool, typer.Option("--training", help="A training step in place of a prefill.")] = False,
     depth: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 4,
     dtype: Annotated[str, typer.Option()] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count.")] = 3,
     device: Annotated[str, typer.Option()] = "cpu",
     out: Annotated[Path | None, typer.Option("--json", "--out", help="JSON file for the result.")] = None,
 ) -> None:
-    """Prefill with fewer visual tokens against all of them, in turn: speed-up, FLOPs, what choosing costs."""
+    """Prefill (or training) with fewer visual tokens against all of them, in turn: speed-up, FLOPs, what choosing costs."""
     with user_errors():
         from vlmaccel.evals import bench_tokens as work
 
         results = []
         with _progress() as progress:
             progress.start("", 0)
-            for name in shape or work.SHAPES:
+            for name in shape or (["llava-1.5-7b"] if training else work.SHAPES):
                 result = work.run_token_bench(
                     name,
                     [parse_method(text) for text in method] if method else None,
+                    training=training,
                     depth=depth,
                     dtype=dtype,
                     repeats=repeats,

@@ -8,8 +8,19 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vlmaccel.cli import app
-from vlmaccel.evals.bench_tokens import Row, TokenBench, default_methods, render, run_token_bench
+from vlmaccel.evals.bench import first_logits
+from vlmaccel.evals.bench_tokens import (
+    Row,
+    TokenBench,
+    decoder,
+    default_methods,
+    render,
+    run_token_bench,
+    training_step,
+)
+from vlmaccel.evals.shapes import build, prompt
 from vlmaccel.evals.timing import Spread
+from vlmaccel.flops import count_flops
 from vlmaccel.methods import Uniform, VisionZip
 
 
@@ -26,6 +37,29 @@ def test_rows(shape):
     assert json.loads(json.dumps(result.facts()))["rows"][0]["efficiency"]["median"] > 0
 
 
+def test_training_steps():
+    result = run_token_bench("tiny-llava", training=True, depth=4, repeats=1)
+    assert [row.method.split("(")[0] for row in result.rows] == ["PyramidDrop", "Registers"]
+    for row in result.rows:
+        assert row.bound > 1.2 and row.peak < 1 and row.speedup.low > 0
+    table, said = render(result)
+    assert table.title.startswith("training step of tiny-llava") and "efficiency of 0.85" in said
+
+
+def test_a_training_step_is_forward_and_backward_of_the_decoder():
+    model = build("tiny-llava", 2, vision_depth=1)
+    inputs = prompt(model, "tiny-llava")
+    model.requires_grad_(False)
+    decoder(model).requires_grad_(True)
+    forward = count_flops(lambda: first_logits(model, inputs))
+    names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert names and all("language_model" in name for name in names)
+    tower = count_flops(lambda: model.get_image_features(inputs["pixel_values"]))
+    # first_logits makes the logits of one token only
+    assert count_flops(lambda: training_step(model, inputs)) > 2.5 * (forward - tower)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
 def test_the_vision_tower_is_in_both_or_in_neither():
     plain, pixels = run_token_bench("tiny-llava", [Uniform(layer=0, ratio=0.25), VisionZip(ratio=0.25)], repeats=1).rows
     assert plain.visual == pixels.visual == 0.25
@@ -34,10 +68,10 @@ def test_the_vision_tower_is_in_both_or_in_neither():
 
 def test_goals_are_said():
     def said(efficiency, choosing):
-        row = Row("Uniform(ratio=0.5)", 0.5, False, 1.0, Spread(efficiency, 0, 2), Spread(choosing, 0, 1))
+        row = Row("Uniform(ratio=0.5)", 0.5, False, 1.0, Spread(efficiency, 0, 2), Spread(choosing, 0, 1), 0.5)
         facts = {"name": "x", "threads": 1, "load": 0, "torch": "2"}
         console = Console(width=200, record=True, file=StringIO())
-        for part in render(TokenBench("tiny", "float32", 1, 1, 9, 1, "cpu", Spread(1, 1, 1), (row,), facts)):
+        for part in render(TokenBench("prefill", "tiny", "float32", 1, 1, 9, 1, "cpu", Spread(1, 1, 1), (row,), facts)):
             console.print(part, soft_wrap=isinstance(part, str))
         return console.export_text()
 
