@@ -158,8 +158,8 @@ class Insertion:
     def into(self, x: Tensor) -> tuple[Tensor, Reduction]:
         """x (B, N, D) with the rows at their places, (B, N + R, D), and the `Reduction` that says which they are."""
         batch, n, _ = x.shape
-        token = torch.arange(n, device=x.device).expand(batch, -1)
-        place = torch.cat([token, self.behind.to(x.device)], 1)
+        token = torch.arange(n, device=self.behind.device).expand(batch, -1)
+        place = torch.cat([token, self.behind], 1)
         order = place.argsort(dim=1, stable=True)
         keep = place.gather(1, order)
         reduction = Reduction(keep.clamp(min=0), order.argsort(dim=1)[:, :n], (keep >= 0).long(), inserts=True)

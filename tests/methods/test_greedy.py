@@ -104,6 +104,37 @@ def test_evs_keeps_the_first_frame_and_drops_from_videos_only(ratio):
     assert int((left & video).sum()) == max(first, int(n * ratio))
 
 
+@pytest.mark.parametrize("ratio", [0.2, 0.6])
+@pytest.mark.parametrize("method", [DivPrune, CDPruner])
+@torch.no_grad()
+def test_frames_of_a_video_are_picked_from_one_by_one(method, ratio):
+    model, batch = models.build("qwen2-vl"), models.inputs("qwen2-vl", 3, pad=True, video=True)
+    picks, pick = [], method.pick
+
+    class Watched(method):
+        def pick(self, at, sample, index, kept):
+            order = pick(self, at, sample, index, kept)
+            picks.append((sample, index.tolist(), order.tolist()))
+            return order
+
+    with vlmaccel.patched(model, Watched(ratio=ratio)):
+        model(**batch)
+        stats = vlmaccel.stats(model)
+    tokens, stage = stats.token_map, stats.stages[0]
+    video = tokens.modality == Modality.VIDEO
+    (sample,) = video.any(1).nonzero().flatten().tolist()
+    kept = set(stage.keep[sample][stage.size[sample] > 0].tolist())
+    frame = tokens.grid[sample, :, 0]
+    mine = [(index, order) for which, index, order in picks if which == sample and bool(video[sample][index].all())]
+    assert len(mine) == frame[video[sample]].unique().numel() > 1
+    assert all(frame[index].unique().numel() == 1 for index, _ in mine)
+    assert sorted(itertools.chain(*(index for index, _ in mine))) == video[sample].nonzero().flatten().tolist()
+    counts = [len(kept & set(index)) for index, _ in mine]
+    assert sum(counts) == int(method(ratio=ratio).count(video.sum(), ratio)) and max(counts) - min(counts) <= 1
+    for (index, order), count in zip(mine, counts, strict=True):
+        assert kept & set(index) == {index[i] for i in order[:count]}  # the first that were picked
+
+
 @pytest.mark.parametrize(
     ("method", "options", "allowed"),
     [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
@@ -180,6 +180,18 @@ def test_counts(kind):
             assert len(group[group >= 0].unique()) == wanted
 
 
+@settings(max_examples=10)
+@given(st.floats(0, 1), st.floats(0, 1), st.sampled_from(["llava-next", "qwen2.5-vl"]))
+def test_any_budget_is_kept_to(ratio, contextual, kind):
+    model, batch = models.build(kind), models.inputs(kind, 3, pad=True)
+    method = VisionZip(ratio=ratio, contextual=contextual)
+    logits, stats = check.run(model, batch, method)
+    assert logits.isfinite().all()
+    for b, place in check.pictures(stats):
+        group = stats.stages[0].group[b, place] if stats.stages else place
+        assert len(group[group >= 0].unique()) == int(method.count(torch.tensor(len(place)), ratio))
+
+
 @torch.no_grad()
 def test_newlines_go_first():
     kind = "llava-next"
@@ -225,7 +237,8 @@ def test_gradients_reach_the_projector():
     ("options", "allowed"),
     [
         ({"ratio": 2}, "a number from 0 to 1, not 2"),
-        ({"contextual": -1}, "a share of the kept tokens, from 0 to 1, not -1"),
+        ({"contextual": -1}, "a share of the kept tokens, a number from 0 to 1, not -1"),
+        ({"contextual": "some"}, "a number from 0 to 1, not 'some'"),
         ({"positions": "all"}, "positions must be one of"),
     ],
 )

@@ -146,7 +146,7 @@ def test_later_layers_and_merged_towers():
     ("options", "allowed"),
     [
         ({"ratio": -0.1}, "a number from 0 to 1, not -0.1"),
-        ({"important": 1.5}, "a share of the kept tokens, from 0 to 1, not 1.5"),
+        ({"important": 1.5}, "a share of the kept tokens, a number from 0 to 1, not 1.5"),
         ({"target": "text"}, "ranks the tokens of pictures"),
     ],
 )

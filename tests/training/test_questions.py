@@ -130,3 +130,8 @@ def test_questions_of_a_file(tmp_path):
 def test_models_with_three_positions_a_token_are_refused(tiny):
     with pytest.raises(NotImplementedError, match="in Qwen2VLForConditionalGeneration a token has three"):
         Packer(build("qwen2-vl"), tiny[1])
+
+
+def test_attention_that_takes_no_such_mask_is_refused(tiny):
+    with pytest.raises(NotImplementedError, match='load it with attn_implementation="sdpa"'):
+        Packer(build("llava-clip-llama", "eager"), tiny[1])

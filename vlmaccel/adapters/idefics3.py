@@ -11,7 +11,7 @@ from vlmaccel.adapters.base import Adapter, Parts
 from vlmaccel.adapters.pictures import encode_pictures, placeholders, tiled_token_map
 from vlmaccel.adapters.text import decoder_parts
 from vlmaccel.hooks import Method
-from vlmaccel.methods import PyramidDrop
+from vlmaccel.methods import DivPrune
 from vlmaccel.run import TokenMap
 
 CLASSES = tuple(
@@ -35,7 +35,7 @@ class Idefics3Adapter(Adapter):
         return decoder_parts(base, base.text_model)
 
     def default(self, depth: int) -> Method:
-        return PyramidDrop()
+        return DivPrune(ratio=0.5)  # as in the LLaVA and Qwen-VL families; not measured here
 
     def encode(self, base: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenMap | None]:
         inputs = encode_pictures(base, inputs)

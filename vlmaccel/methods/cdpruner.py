@@ -79,16 +79,16 @@ def largest_determinant(kernel: Tensor, kept: int, then: Tensor) -> Tensor:
     rank_floor = 1e-6 * gain.max()
     rows = kernel.new_zeros(kept, len(kernel))
     picked: list[Tensor] = []
-    for number in range(kept):
-        best = gain.argmax()
-        if not bool(gain[best] > rank_floor):
-            break
-        row = (kernel[best] - rows[:number, best] @ rows[:number]) / gain[best].sqrt()
-        rows[number], gain = row, gain - row**2
-        gain[best] = -torch.inf
+    gains: list[Tensor] = []
+    for number in range(kept):  # indices stay on the device: a GPU is not waited for
+        best = gain.argmax(0, keepdim=True)
         picked.append(best)
-    order = torch.stack(picked) if picked else kernel.new_empty(0, dtype=torch.long)
-    if len(order) < kept:
-        rest = then.clone().index_fill(0, order, -torch.inf).argsort(descending=True, stable=True)
-        order = torch.cat([order, rest[: kept - len(order)]])
-    return order
+        gains.append(gain.index_select(0, best))
+        before = rows[:number]
+        row = kernel.index_select(0, best) - before.index_select(1, best).mT @ before
+        rows[number] = row[0] / gains[-1].sqrt()
+        gain = (gain - rows[number] ** 2).index_fill(0, best, -torch.inf)
+    independent = (torch.cat(gains) > rank_floor).cumprod(0).sum()
+    order = torch.cat(picked)[:independent]
+    rest = then.clone().index_fill(0, order, -torch.inf).argsort(descending=True, stable=True)
+    return torch.cat([order, rest[: kept - len(order)]])

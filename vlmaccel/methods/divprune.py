@@ -39,12 +39,10 @@ class DivPrune(Greedy):
 def farthest_first(distance: Tensor, kept: int) -> Tensor:
     """(kept,) int64, farthest-point order of m points from their distances (m, m); ties go to the lowest index."""
     nearest = distance.clone().fill_diagonal_(torch.inf).amin(0)
-    picked = [nearest.argmax()]
-    left = distance[picked[0]].clone()
-    left[picked[0]] = -torch.inf
-    for _ in range(kept - 1):
-        farthest = left.argmax()
-        picked.append(farthest)
-        left = torch.minimum(left, distance[farthest])
-        left[farthest] = -torch.inf
-    return torch.stack(picked)
+    picked = [nearest.argmax(0, keepdim=True)]
+    left = distance.index_select(0, picked[0])[0]
+    for _ in range(kept - 1):  # indices stay on the device: a GPU is not waited for
+        left.index_fill_(0, picked[-1], -torch.inf)
+        picked.append(left.argmax(0, keepdim=True))
+        left = torch.minimum(left, distance.index_select(0, picked[-1])[0])
+    return torch.cat(picked)

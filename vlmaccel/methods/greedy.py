@@ -10,11 +10,13 @@ from torch.nn.functional import normalize
 
 from vlmaccel.hooks import DecoderLayer, Positions
 from vlmaccel.methods.selection import SingleStage, droppable, segment_sizes
+from vlmaccel.run import Modality
 
 
 @dataclass(frozen=True)
 class Greedy(SingleStage):
-    """Before a decoder layer, keep the tokens of every image that are picked first.
+    """Before a decoder layer, keep the tokens of every image that are picked first. Frames of a video are picked from one by one,
+    as many from each, so that time and memory grow with their number only.
 
     layer: default 0, the projected tokens before the decoder. positions: default None, renumbered as in the official codes,
     where the decoder never sees a gap, but kept in models with three positions a token. ratio, target: see `SingleStage`.
@@ -35,10 +37,22 @@ class Greedy(SingleStage):
         for sample, budgets in enumerate(budget):
             for number, kept in enumerate(budgets):
                 index = (segment[sample] == number).nonzero().flatten()
-                if 0 < kept < len(index):
-                    picked = index[self.pick(at, sample, index, kept)]
-                    score[sample, picked] = -torch.arange(kept, device=score.device).float()
+                if not 0 < kept < len(index):
+                    continue
+                parts = frames(at, sample, index)
+                for part in parts:
+                    share = min(-(-kept // len(parts)), len(part))
+                    picked = part[self.pick(at, sample, part, share)] if share < len(part) else part
+                    score[sample, picked] = -torch.arange(share, device=score.device).float()
         return score
+
+
+def frames(at: DecoderLayer, sample: int, index: Tensor) -> list[Tensor]:
+    """The tokens `index` (m,) of one image; those of a video by frame."""
+    if at.tokens.modality[sample, index[0]] != Modality.VIDEO:
+        return [index]
+    frame = at.tokens.grid[sample, index, 0]
+    return [index[frame == number] for number in frame.unique()]
 
 
 def cosines(x: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class RegisterMethod(Method):
 
     Until then registers see all that is before them, and what follows sees tokens and registers; later, registers and text
     go on alone. Registers share the position of their picture's last token, so that no other position changes.
-    layer: decoder layer (0-based) whose input is the first without the tokens. None: 3 of 32 layers, as in
-        Victor, in proportion, at least 1.
+    layer: decoder layer (0-based) whose input is the first without the tokens. None: 3 of 32, as in Victor, in proportion, at
+        least 1.
     """
 
     layer: int | None = None
@@ -42,7 +42,7 @@ class RegisterMethod(Method):
         raise NotImplementedError
 
     def insert(self, at: VisualTokens) -> Insertion | None:
-        image, device = at.tokens.image, at.hidden.device
+        image = at.tokens.image
         rows: list[Tensor] = []
         behind: list[list[int]] = [[] for _ in image]
         for sample, numbers in enumerate(image):
@@ -55,9 +55,10 @@ class RegisterMethod(Method):
         most = max(map(len, behind))
         if most == 0:
             return None
-        token = torch.tensor([[*one, *[-1] * (most - len(one))] for one in behind], device=device)
+        token = torch.tensor([[*one, *[-1] * (most - len(one))] for one in behind], device=image.device)
         whole = at.hidden.new_zeros(*token.shape, at.hidden.shape[2])
-        return Insertion(token, whole.masked_scatter(token[..., None] >= 0, torch.cat(rows)))
+        there = (token >= 0).to(whole.device)[..., None]
+        return Insertion(token, whole.masked_scatter(there, torch.cat(rows)))
 
     def decoder_layers(self, depth: int) -> Sequence[int]:
         return (self.first(depth),)

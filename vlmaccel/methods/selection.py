@@ -22,6 +22,12 @@ def check_ratio(ratio: float) -> None:
         raise ValueError(f"ratio is the kept fraction, a number from 0 to 1, not {ratio!r}")
 
 
+def check_share(name: str, share: float) -> None:
+    """Raise ValueError unless `share` is a share of the kept tokens."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"{name} is a share of the kept tokens, a number from 0 to 1, not {share!r}")
+
+
 def check_layer(layer: int, first: int = 0) -> None:
     """Raise ValueError unless `layer` is a decoder layer from `first` on."""
     if isinstance(layer, bool) or not isinstance(layer, int) or layer < first:

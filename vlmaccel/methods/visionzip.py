@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from vlmaccel.hooks import DecoderLayer, Positions, VisualTokens
 from vlmaccel.methods.merging import Grouping
-from vlmaccel.methods.selection import at_least_one, check_choice, check_ratio
+from vlmaccel.methods.selection import at_least_one, check_choice, check_ratio, check_share
 from vlmaccel.reduction import Reduction, gather
 
 
@@ -54,8 +54,7 @@ class VisionZip(Grouping):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        if isinstance(self.contextual, bool) or not 0 <= self.contextual <= 1:
-            raise ValueError(f"contextual is a share of the kept tokens, from 0 to 1, not {self.contextual!r}")
+        check_share("contextual", self.contextual)
         check_choice("positions", self.positions, (None, *get_args(Positions)))
 
     def stages(self, depth: int) -> Mapping[int, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmaccel.hooks import DecoderLayer
 from vlmaccel.methods.greedy import Greedy, cosines
+from vlmaccel.methods.selection import check_share
 
 ROUND = 8  # patches dropped at a time, as in the official code
 
@@ -44,8 +45,7 @@ class VisPruner(Greedy):
         super().__post_init__()
         if self.target == "text":
             raise ValueError('vispruner ranks the tokens of pictures: target is "image" or None')
-        if isinstance(self.important, bool) or not 0 <= self.important <= 1:
-            raise ValueError(f"important is a share of the kept tokens, from 0 to 1, not {self.important!r}")
+        check_share("important", self.important)
 
     def pick(self, at: DecoderLayer, sample: int, index: Tensor, kept: int) -> Tensor:
         patches = at.patches

@@ -94,6 +94,8 @@ inputs = processor(
 {accuracy_section(results, "demo_qwen2_vl")}
 
 {limits_section(len(VOCABULARY))}
+- Its first decoder layer has already read what a short question names: of methods that drop tokens behind it only
+  `describe` says much. Before the decoder (`layer=0`) all kinds tell methods apart.
 - It takes several pictures and videos in a prompt, as every Qwen2-VL does, but was trained on one picture a prompt:
   what it answers to others is no measure of anything.
 

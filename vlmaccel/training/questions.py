@@ -94,7 +94,7 @@ class Packer:
     """Makes the inputs of a model with one position a token out of dialogues.
 
     processor: of the model, with a chat template. model: the model, for its device, dtype and image token.
-    Raises NotImplementedError for a model in which a token has several positions (M-RoPE).
+    Raises NotImplementedError for a model in which a token has several positions (M-RoPE), or whose attention is not sdpa.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -103,6 +103,11 @@ class Packer:
             raise NotImplementedError(
                 f"questions are packed behind one picture by their positions, and in {type(model).__name__} a token has three "
                 "(time, row, column): this trains models with one position a token, such as LLaVA"
+            )
+        if text._attn_implementation != "sdpa":
+            raise NotImplementedError(
+                "which tokens of packed questions see one another is a mask that only sdpa attention takes, and this model has "
+                f'"{text._attn_implementation}": load it with attn_implementation="sdpa"'
             )
         self.model, self.processor = model, processor
         self.image_token = model.config.image_token_id
