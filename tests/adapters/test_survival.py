@@ -22,6 +22,9 @@ import vlmaccel
 from tests.support.drops import FixedDrop, KeepAll, assert_like_reference, decode, make_plan, policy, reference_traces
 from tests.support.lifecycle import GREEDY, MODELS, anatomy, drop, outcome, same
 from tests.support.models import DEPTH, IMAGE, KINDS, QWEN, build, inputs
+from vlmaccel.methods import DivPrune, FastV, PyramidDrop, Registers, ToMe, ToMeDecoder
+
+VLM = "llava-clip-llama"
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -176,20 +179,49 @@ def test_torch_compile(kind: str, part: str) -> None:
         torch._dynamo.reset()
 
 
-def test_gradient_checkpointing_is_refused() -> None:
-    model, batch = build("llama"), inputs("llama", 3)
-    vlmaccel.patch(model, drop("llama", batch))
+LEARNING: dict[str, Any] = {
+    "pyramiddrop": PyramidDrop(ratio=0.5),
+    "fastv": FastV(layer=2, ratio=0.4),
+    "divprune": DivPrune(ratio=0.5),
+    "tome-decoder": ToMeDecoder(layer=1, ratio=0.5),
+    "registers": Registers(registers=3, layer=2),
+    "tower": ToMe(r=2, after="carry"),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("kind", ["llava-clip-llama", "qwen3-vl"])
+def test_gradient_checkpointing_changes_no_gradient(kind: str, name: str, reentrant: bool) -> None:
+    if kind != VLM and name == "tower":
+        return
+    model, batch = build(kind), inputs(kind, 3, pad=True)
+    labels = batch["input_ids"].clone()
+    labels[:, :-4] = -100
+    for weight, parameter in model.named_parameters():
+        parameter.requires_grad_("language_model" in weight or "projector" in weight)
     model.train()
-    model.gradient_checkpointing_enable()
-    with pytest.raises(RuntimeError, match="gradient checkpointing"):
-        model(**batch)
-    model.gradient_checkpointing_disable()
-    model(**batch)
-    model.gradient_checkpointing_enable()
-    model.eval()  # where checkpointing does nothing
-    model(**batch)
-    vlmaccel.unpatch(model).train()
-    model(**batch, use_cache=False).logits.sum().backward()
+    if reentrant:  # which sees gradients of arguments only
+        model.enable_input_require_grads()
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        model(**batch, labels=labels).loss.backward()
+        return {weight: p.grad for weight, p in model.named_parameters() if p.grad is not None}
+
+    with vlmaccel.patched(model, LEARNING[name]):
+        plain = gradients()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if name == "tower":
+            with pytest.raises(RuntimeError, match="turn it off in the tower"):
+                model(**batch)
+            model.model.vision_tower.gradient_checkpointing_disable()
+        again = gradients()
+        stats = vlmaccel.stats(model)
+    assert stats.stages or stats.tower
+    assert plain.keys() == again.keys() and any(gradient.abs().sum() > 0 for gradient in plain.values())
+    for weight, gradient in plain.items():
+        assert torch.allclose(again[weight], gradient, atol=1e-6), weight
 
 
 @pytest.mark.parametrize("kind", ["llama", "llava-clip-llama"])

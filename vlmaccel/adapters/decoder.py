@@ -148,11 +148,6 @@ class DecoderHooks:
     @torch.compiler.disable
     def _on_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = by_name(module, args, kwargs) if args else kwargs
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            raise RuntimeError(
-                "a patched model cannot train with gradient checkpointing, which runs layers a second time; "
-                "call model.gradient_checkpointing_disable() or vlmaccel.unpatch(model)"
-            )
         given = inputs.get("inputs_embeds")
         given = inputs["input_ids"] if given is None else given
         cache, call = cache_of(inputs), self._local.call or {}

@@ -175,10 +175,10 @@ class VisionHooks:
 
     def _start(self, hidden: Tensor) -> Pass:
         state = self._state
-        if torch.is_grad_enabled() and self._checkpointing():
+        if torch.is_grad_enabled() and self._checkpointing() and self._learns(hidden):
             raise RuntimeError(
-                "merging in a vision tower cannot train with gradient checkpointing, which runs blocks a second time; "
-                "turn it off, or call vlmaccel.unpatch(model)"
+                "merging in a vision tower cannot train it with gradient checkpointing, which runs blocks a second time; "
+                "turn it off in the tower, freeze the tower, or call vlmaccel.unpatch(model)"
             )
         # blocks that run without a call of the tower (timm's forward_intermediates) are there to be looked at
         image, everywhere = state.entered or (None, True)
@@ -189,6 +189,11 @@ class VisionHooks:
                 acting.setdefault(block, []).append(method)
         state.entered, state.now = None, Pass(tower, acting, image, everywhere)
         return state.now
+
+    def _learns(self, hidden: Tensor) -> bool:
+        return hidden.requires_grad or any(
+            p.requires_grad for part in self.parts.blocks for p in part.block.parameters()
+        )
 
     def _checkpointing(self) -> bool:
         tower = self.parts.tower
