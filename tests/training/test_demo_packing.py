@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 import vlmaccel.evals.easy_vqa as data
 from vlmaccel.training import demo_llava_model, demo_qwen2_vl_model
-from vlmaccel.training.demo_packing import PACKED, answer_logits, pack
+from vlmaccel.training.demo_packing import PACKED, PACKED_MATMUL, answer_logits, matmul_attention, pack
 
 MODELS = {"llava": demo_llava_model, "qwen2-vl": demo_qwen2_vl_model}
 
@@ -48,15 +49,16 @@ def test_packed_prompt_is_the_processors_prompt(case):
     assert [*packed.start.tolist(), *image, *asked] == expected
 
 
+@pytest.mark.parametrize("attention", [PACKED, PACKED_MATMUL])
 @torch.no_grad()
-def test_packed_questions_do_not_see_one_another(case):
+def test_packed_questions_do_not_see_one_another(case, attention):
     """The logits of every answer are those of the question alone behind the picture, by plain SDPA."""
     torch.manual_seed(0)
     model = case.module.build_model()
     family = case.family
     dialogue = [(sample.question, sample.answers[0]) for sample in data.collages("test", images=1, questions=4)]
     visual = torch.randn(1, family.layout.positions.shape[-1], model.config.get_text_config().hidden_size)
-    model.set_attn_implementation(PACKED)
+    model.set_attn_implementation(attention)
     packed = pack(case.processor.tokenizer, family.prompt, [dialogue], family.layout.batch(1))
     together = answer_logits(model, visual, packed)[0].split(packed.lengths)
     model.set_attn_implementation("sdpa")
@@ -69,6 +71,15 @@ def test_packed_questions_do_not_see_one_another(case):
         hidden = decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
         answer = len(logits)
         torch.testing.assert_close(model.lm_head(hidden[0, -answer - 1 : -1]), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_matmul_attention_is_attention():
+    query, key, value = torch.randn(3, 2, 4, 9, 32).unbind(0)
+    mask = torch.rand(2, 1, 9, 9) < 0.5
+    mask[..., 0] = True
+    for given in ({}, {"is_causal": True}, {"attn_mask": mask}):
+        expected = scaled_dot_product_attention(query, key, value, scale=0.2, **given)
+        torch.testing.assert_close(matmul_attention(query, key, value, scale=0.2, **given), expected)
 
 
 def test_packed_dialogues_of_different_lengths_are_padded(case):

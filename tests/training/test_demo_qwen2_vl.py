@@ -1,3 +1,4 @@
+import copy
 import json
 import random
 from pathlib import Path
@@ -100,6 +101,16 @@ def test_tower_order_is_that_of_the_pixels(processor):
     patches = torch.from_numpy(pixels).view(24, 8, 24, 8, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)
     expected = patches[demo_qwen2_vl_stages.TOWER_ORDER].flatten(1) / 127.5 - 1
     torch.testing.assert_close(rows.unflatten(1, (3, 2, 64))[:, :, 0].flatten(1), expected)
+
+
+@torch.no_grad()
+def test_patch_projection_is_the_convolution(model):
+    embed = copy.deepcopy(model.model.visual.patch_embed)
+    patches = torch.randn(5, 3 * 2 * 8 * 8)
+    expected, names = embed(patches), list(embed.state_dict())
+    embed.proj = demo_qwen2_vl_stages.PatchProjection(embed.proj)
+    torch.testing.assert_close(embed(patches), expected, rtol=1e-4, atol=1e-5)
+    assert list(embed.state_dict()) == names
 
 
 def test_corners_show_what_they_say():

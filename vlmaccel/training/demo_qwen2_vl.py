@@ -86,9 +86,8 @@ The saved image processor makes {VISUAL_TOKENS} visual tokens of every square pi
 others. For another resolution give limits of the number of pixels, for example 16 tokens of a picture of 64 px:
 
 ```python
-inputs = processor(
-    images=image, text=prompt, return_tensors="pt", images_kwargs={{"size": {{"shortest_edge": 4096, "longest_edge": 36864}}}}
-)
+size = {{"shortest_edge": 64 * 64, "longest_edge": 192 * 192}}
+inputs = processor(images=image, text=prompt, images_kwargs={{"size": size}}, return_tensors="pt").to(model.dtype)
 ```
 
 {accuracy_section(results, "demo_qwen2_vl")}

@@ -142,7 +142,7 @@ def lora(
     weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
 
     def write(folder: Path) -> None:
-        wrapped.save_pretrained(folder / "adapter")
+        wrapped.save_pretrained(str(folder / "adapter"))
         processor.save_pretrained(folder / "adapter")  # so that it loads like a model
 
     return weights, {"teacher": wrapped.disable_adapter}, write

@@ -1,0 +1,92 @@
+"""Patched models train with what people train with: Trainer, bfloat16 autocast, LoRA, several processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import vlmaccel
+from tests.support.models import build
+from tests.support.train_two import KIND, rows
+from vlmaccel.methods import PyramidDrop, ToMe, Victor
+
+METHODS = {
+    "pyramiddrop": lambda model: PyramidDrop(ratio=0.5),
+    "tome": lambda model: ToMe(r=2, after="carry"),
+    "victor": lambda model: Victor(nn.Parameter(torch.randn(3, model.config.text_config.hidden_size)), layer=1),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_trainer(name, bf16, checkpointing, tmp_path):
+    if name == "tome" and checkpointing:
+        pytest.skip("refused: a tower that merges cannot run its blocks a second time")
+    model = build(KIND)
+    vlmaccel.patch(model, METHODS[name](model))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    arguments = hf.TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=3,
+        learning_rate=1e-2,
+        bf16=bf16,
+        gradient_checkpointing=checkpointing,
+        use_cpu=True,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = hf.Trainer(model=model, args=arguments, train_dataset=rows())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3 and all(0 < loss < 20 for loss in losses)
+    stats = vlmaccel.stats(model)
+    assert stats.stages or stats.tower.stages
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert any("language_model" in key for key in changed) and any("projector" in key for key in changed)
+    vlmaccel.unpatch(model)
+    assert model.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("first", ["patch", "lora"])
+def test_lora_learns_through_a_patched_decoder(first):
+    peft = pytest.importorskip("peft", reason="LoRA needs pip install peft")
+    model = build(KIND)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    if first == "patch":
+        vlmaccel.patch(model, "pyramiddrop", ratio=0.5)
+    wrapped = peft.get_peft_model(model, config).train()
+    if first == "lora":
+        vlmaccel.patch(model, "pyramiddrop", ratio=0.5)
+    wrapped(**{key: torch.stack([row[key] for row in rows(2)]) for key in rows(1)[0]}).loss.backward()
+    gradients = {name: p.grad for name, p in wrapped.named_parameters() if p.grad is not None}
+    assert gradients and all("lora_" in name for name in gradients)
+    late = [name for name in gradients if "language_model.layers.5" in name]
+    assert late and all(gradients[name].abs().sum() > 0 for name in late)
+    assert vlmaccel.stats(model).stages
+
+
+def test_two_processes_make_the_gradients_of_one(tmp_path):
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
+        script = Path(__file__).parent.parent / "support" / "train_two.py"
+        root = script.parent.parent.parent
+        environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(
+            [*command, str(script), str(out)], cwd=root, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(torch.load(out))
+    one, two = found
+    assert one.keys() == two.keys() and any(gradient.abs().sum() > 0 for gradient in one.values())
+    for name, gradient in one.items():
+        assert torch.allclose(two[name], gradient, atol=1e-6), name
