@@ -83,6 +83,12 @@ def build(kind: str, attn: str = "sdpa") -> nn.Module:
 
 @functools.cache
 def _template(kind: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)  # what a model draws for itself, such as a class token
+        return _fill(_made(kind))
+
+
+def _made(kind: str) -> Any:
     if kind in TEXT_CONFIGS:
         text = TEXT_CONFIGS[kind]()
         names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -125,7 +131,7 @@ def _template(kind: str) -> nn.Module:
         )
     else:
         raise ValueError(f"unknown kind {kind!r}; choose from {', '.join((*KINDS, *TILED))}")
-    return _fill(model)
+    return model
 
 
 def _fill(model: Any) -> nn.Module:

@@ -29,6 +29,7 @@ def step(out: str) -> None:
     """Write the gradients of the whole batch of four, whichever process has which half of it."""
     accelerator = Accelerator(cpu=True)
     model = build(KIND).train()
+    model.model.vision_tower.requires_grad_(False)  # whose last block is not used, which DistributedDataParallel minds
     vlmaccel.patch(model, "pyramiddrop", ratio=0.5)
     samples = rows()
     loader = DataLoader(samples, batch_size=4 // accelerator.num_processes)
