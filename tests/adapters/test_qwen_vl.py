@@ -264,7 +264,7 @@ def test_positions_cannot_be_renumbered(kind: str) -> None:
 
 def build_default(kind: str, batch: dict[str, Tensor]) -> Tensor:
     """Answers of the default recipe asked for by name."""
-    with vlmaccel.patched(build(kind), "pyramiddrop") as model:
+    with vlmaccel.patched(build(kind), "divprune", ratio=0.5) as model:
         return model.generate(**batch, **GREEDY).sequences
 
 
