@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from vlmaccel.cli.common import Method, Options, numbers, parse_method, parse_options, progress_bar, show, user_errors
+from vlmaccel.cli.common import (
+    Method,
+    Options,
+    numbers,
+    parse_method,
+    parse_options,
+    progress_bar,
+    save,
+    show,
+    user_errors,
+)
 
 benches = typer.Typer(invoke_without_command=True)
 
@@ -137,9 +147,7 @@ def cache(
                 )
                 results.append(result)
         show(*(bench_cache.render(result) for result in results))
-        if out:
-            out.write_text(json.dumps([result.facts() for result in results], indent=2) + "\n")
-            show(f"wrote {out}")
+        save([result.facts() for result in results], out)
 
 
 @benches.command()
@@ -172,9 +180,7 @@ def kernels(
                 device, op, dtype, repeats=repeats, limit=limit, progress=lambda text: progress.start(text, 0)
             )
         show(*bench_kernels.render(result))
-        if out:
-            out.write_text(json.dumps(result.facts(), indent=2) + "\n")
-            show(f"wrote {out}")
+        save(result.facts(), out)
 
 
 @benches.command(name="tokens")
@@ -216,9 +222,7 @@ def bench_tokens(
                 )
                 results.append(result)
         show(*(part for result in results for part in work.render(result)))
-        if out:
-            out.write_text(json.dumps([result.facts() for result in results], indent=2) + "\n")
-            show(f"wrote {out}")
+        save([result.facts() for result in results], out)
 
 
 @benches.command()
@@ -262,6 +266,4 @@ def sparse(
                 )
                 results.append(result)
         show(*(part for result in results for part in bench_sparse.render(result)))
-        if out:
-            out.write_text(json.dumps([result.facts() for result in results], indent=2) + "\n")
-            show(f"wrote {out}")
+        save([result.facts() for result in results], out)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -100,6 +102,13 @@ def progress_bar(shown: bool = True) -> Iterator[_Bar]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
         yield _Bar(bar)
+
+
+def save(facts: Any, out: Path | None) -> None:
+    """Write a result as JSON and say so; nothing if no file is wanted."""
+    if out:
+        out.write_text(json.dumps(facts, indent=2) + "\n")
+        show(f"wrote {out}")
 
 
 def show(*parts: Any) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vlmaccel.cli.common import Method, Options, numbers, parse_method, parse_options, progress_bar, show, user_errors
+from vlmaccel.cli.common import (
+    Method,
+    Options,
+    numbers,
+    parse_method,
+    parse_options,
+    progress_bar,
+    save,
+    show,
+    user_errors,
+)
 
 evals = typer.Typer(help="Measure answers.", no_args_is_help=True)
 
@@ -270,6 +279,4 @@ def _sweep(
     with progress_bar() as progress:
         result = sweep.run_sweep(progress, str(CHECKPOINTS.get(model, model)), choose, questions, dtype, seed)
     show(sweep.render(result, title, cost))
-    if out:
-        out.write_text(json.dumps(result.facts(), indent=2) + "\n")
-        show(f"wrote {out}")
+    save(result.facts(), out)
