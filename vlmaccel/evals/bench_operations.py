@@ -112,7 +112,7 @@ def ways_to_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> d
         ]
 
     return {
-        "ours (products over a few heads)": lambda: key_bias_attention(query, key, value, bias, scale),
+        "ours": lambda: key_bias_attention(query, key, value, bias, scale),
         "whole softmax matrix, as published": lambda: ((query * scale) @ key.mT + mask).softmax(-1) @ value,
         "torch's fused attention, bias as mask": lambda: scaled_dot_product_attention(
             query, key, value, attn_mask=mask

@@ -25,9 +25,9 @@ causal: row i sees key j where j <= i + K - Q: the last row sees all. A row that
 Laid out (B, Q, H, head_dim), as the output projection reads it. For inference: it has no gradient.
 
 On CPUs without matrix tiles (AMX), scaled_dot_product_attention computes bfloat16 no faster than float32, and plain
-matrix products over a few heads at a time are faster (`vlmaccel bench vit --operations`). In bfloat16 their logits are
-rounded, so their error is larger, by what `vlmaccel bench vit` prints. That is the form of full attention with a key head
-for each query head. In causal attention the bias is one more channel of queries and keys, which leaves
+matrix products over a few heads at a time are faster in both; with tiles it is the faster one (`vlmaccel bench vit
+--operations`). In bfloat16 the products' logits are rounded, so their error is larger, by what `vlmaccel bench vit`
+prints. That is the form of full attention with a key head for each query head. In causal attention the bias is one more channel of queries and keys, which leaves
 scaled_dot_product_attention its own causal mask, and with that half of the work to skip.
 """
 
@@ -53,9 +53,9 @@ def reference(
 
 def products_are_faster(dtype: torch.dtype) -> bool:
     """Whether this processor is faster with plain matrix products than with scaled_dot_product_attention."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    return dtype == torch.float32
+    if torch.cpu._is_amx_tile_supported():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
 
 
 def _torch_form(
