@@ -36,6 +36,13 @@ class Scores(Protocol):
         """
         ...
 
+    def received(self, counts: Tensor) -> Tensor:
+        """(B, n) float32, the attention that each remaining token gets from those of them that count, the mean over heads.
+
+        counts: (B, n) bool. Rows are never held whole.
+        """
+        ...
+
     def keys(self) -> Tensor:
         """(B, H_kv, n, head_dim) keys of the remaining tokens, without their rotary positions."""
         ...

@@ -76,8 +76,9 @@ def test_fastv_ranks_by_the_layer_before(kind):
 
 
 @kinds
-def test_attention_sum_is_the_mean_over_rows_that_can_see(kind):
-    model, batch = build(kind), inputs(kind, 3, pad=True)
+@pytest.mark.parametrize("batch", [1, 3], ids=["without a mask", "padded"])
+def test_attention_sum_is_the_mean_over_rows_that_can_see(kind, batch):
+    model, batch = build(kind), inputs(kind, batch, pad=batch > 1)
     stats, reference = stats_of(model, batch, AttentionSum(layer=2, ratio=0.5)), Reference(model)
     for b, embeds in enumerate(reference.embed(batch)):
         segments = droppable(stats, b, batch["attention_mask"])

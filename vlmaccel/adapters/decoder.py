@@ -373,6 +373,11 @@ class Later:
         return self._made().rows(rows)
 
     @torch.no_grad()
+    def received(self, counts: Tensor) -> Tensor:
+        """See `vlmaccel.hooks.Scores.received`."""
+        return self._made().received(counts)
+
+    @torch.no_grad()
     def keys(self) -> Tensor:
         """See `vlmaccel.hooks.Scores.keys`."""
         return self._made().keys()

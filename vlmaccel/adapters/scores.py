@@ -17,6 +17,8 @@ from vlmaccel.kernels.score_rows import score_rows
 from vlmaccel.reduction import gather
 from vlmaccel.run import Run
 
+ROWS = 64  # rows of attention that exist at a time, or an eighth of all if that is less
+
 
 def projected(attention: Any, which: str, x: Tensor) -> Tensor:
     """(B, H, n, head_dim) queries ("q") or keys ("k") of x (B, n, D), projected and normed."""
@@ -48,12 +50,23 @@ class LayerScores:
     def rows(self, rows: Tensor) -> Tensor:
         """See `vlmaccel.hooks.Scores.rows`."""
         rows = rows.to(self._normed.device)
-        if self._keys is None:
-            new, past = self._rotated("k", None), self._view.past_keys
-            self._keys = new if past is None else torch.cat([past, new], 2)
         query = self._rotated("q", rows)
         mask = self._mask_rows(rows, query.shape[1])
-        return attention_rows(query, self._keys, mask, self._attention.scaling)[..., -self._normed.shape[1] :]
+        return attention_rows(query, self._all_keys(), mask, self._attention.scaling)[..., -self._normed.shape[1] :]
+
+    @torch.no_grad()
+    def received(self, counts: Tensor) -> Tensor:
+        """See `vlmaccel.hooks.Scores.received`."""
+        view, counts = self._view, counts.to(self._normed.device)
+        n = counts.shape[1]
+        if view.mask is None and view.columns.index.shape[2] == n:  # causal attention, and that alone
+            row, scale = view.rows.masked_fill(~counts, -1), self._attention.scaling
+            query, key, index = self._rotated("q", None), self._all_keys(), view.rows[:, None]
+            return score_rows(query, key, row, index, None, scale, 0, "sum").mean(1)
+        total = torch.zeros(counts.shape, device=counts.device)
+        for rows in torch.arange(n, device=counts.device).expand(len(counts), -1).split(min(ROWS, max(1, n // 8)), 1):
+            total += (self.rows(rows).mean(1) * counts.gather(1, rows)[..., None]).sum(1)
+        return total
 
     @torch.no_grad()
     def keys(self) -> Tensor:
@@ -68,6 +81,12 @@ class LayerScores:
         turns = torch.cat([self._view.cos, self._view.sin], -1).float()
         turns = turns / turns.norm(dim=-1, keepdim=True)
         return gather(turns, rows.to(turns.device)) @ turns.mT
+
+    def _all_keys(self) -> Tensor:
+        if self._keys is None:
+            new, past = self._rotated("k", None), self._view.past_keys
+            self._keys = new if past is None else torch.cat([past, new], 2)
+        return self._keys
 
     def _rotated(self, which: str, rows: Tensor | None) -> Tensor:
         """(B, H, n, head_dim) projected states of some rows, in the models' order: projection, norm, rotation."""

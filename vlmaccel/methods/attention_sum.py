@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vlmaccel.hooks import Attention, DecoderLayer
 from vlmaccel.methods.selection import SingleStage, check_layer, to_logical, to_remaining
 from vlmaccel.run import Modality
-
-ROWS = 64  # rows of attention that exist at a time, or an eighth of all if that is less
 
 
 @dataclass(frozen=True)
@@ -39,12 +36,8 @@ class AttentionSum(SingleStage):
 
     def attention(self, at: Attention) -> None:
         real = at.tokens.modality != Modality.PAD
-        n = real.shape[1]
-        total = torch.zeros(real.shape, device=at.hidden.device)
-        for rows in torch.arange(n, device=real.device).split(min(ROWS, max(1, n // 8))):
-            attention = at.scores.rows(rows.expand(real.shape[0], -1)).mean(1)
-            total += (attention * real[:, rows, None].to(attention.device)).sum(1)
         seen_by = real.flip(1).cumsum(1).flip(1).clamp(min=1)
+        total = at.scores.received(real)
         received = to_logical(at, total / seen_by.to(total.device))
         at.run.memory[self] = at.run.memory.get(self, 0) + received
 

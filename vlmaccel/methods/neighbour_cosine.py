@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding_bag, normalize
 
 from vlmaccel.hooks import DecoderLayer
 from vlmaccel.methods.selection import SingleStage, droppable, places
@@ -43,13 +43,14 @@ class NeighbourCosine(SingleStage):
         index = torch.arange(segment.shape[1], device=segment.device).expand_as(segment)
         token_at = torch.full((segment.shape[0], cells + 1), -1, device=segment.device).scatter(1, cell, index)
         token_at[:, cells] = -1
-        total = torch.zeros_like(unit[..., 0])
-        found = torch.zeros_like(total)
-        for down, right in OFFSETS:
-            near = (cell + down * width + right).clamp(0, cells)
-            neighbour = token_at.gather(1, near).masked_fill(alone, -1)
-            there = (neighbour >= 0).to(unit.dtype)
-            other = unit.gather(1, neighbour.clamp(min=0)[..., None].expand_as(unit))
-            total += (unit * other).sum(-1) * there
-            found += there
-        return -total / found.clamp(min=1)
+        steps = torch.tensor([down * width + right for down, right in OFFSETS], device=cell.device)
+        near = (cell[..., None] + steps).clamp(0, cells)
+        neighbour = token_at.gather(1, near.flatten(1)).view_as(near).masked_fill(alone[..., None], -1)
+        # the sum of cosines is the cosine with the sum: one pass over the neighbours' rows
+        batch, n, dim = unit.shape
+        there = neighbour >= 0
+        sample = torch.arange(batch, device=index.device)[:, None, None]
+        row = (neighbour + n * sample).masked_fill(~there, batch * n)
+        rows = torch.cat([unit.view(-1, dim), unit.new_zeros(1, dim)])
+        together = embedding_bag(row.view(-1, len(OFFSETS)), rows, mode="sum", padding_idx=batch * n)
+        return -(unit * together.view_as(unit)).sum(-1) / there.sum(-1).clamp(min=1)

@@ -226,8 +226,11 @@ def density_peaks(x: Tensor, clusters: int) -> Tensor:
     Centres are the rows of highest density exp(-mean squared distance to the `clusters` nearest, itself one of them)
     times distance to the nearest denser row. Distances are divided by sqrt(d).
     """
-    x = x.float()
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
+    x = x.double()  # so that products are exact enough for the distances of rows that are nearly equal
+    length = x.square().sum(1)
+    square = length[:, None] + length - 2 * x @ x.mT
+    square.masked_fill_(square < 1e-12 * (length[:, None] + length), 0)  # rows that are equal
+    distance = (square / x.shape[1]).sqrt()
     density = (-distance.topk(min(clusters, len(x)), largest=False).values.square().mean(1)).exp()
     order = density.argsort(descending=True, stable=True)
     rank = order.argsort()
