@@ -15,6 +15,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALE = 0.3
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["fused", "products"])
+def form(request, monkeypatch):
+    """What this processor is not faster with has to be right too."""
+    monkeypatch.setattr(module, "products_are_faster", lambda dtype, rows: request.param)
+
+
 def draw(heads=(4, 2), rows=50, earlier=0, dim=16, batch=2, lines=(5, 2), block=16, padded=False, dtype=torch.float32,
          holes=False, seed=0):  # fmt: skip
     """query, key, value, blocks, columns, start, block. lines: keys and diagonals. holes: without each row's own block."""

@@ -11,64 +11,28 @@ import typer
 from vlmaccel.cli.common import parse_method, progress_bar, show, user_errors
 
 trains = typer.Typer(help="Train registers, or a model to bear a method.", no_args_is_help=True)
-
-
 TrainModel = Annotated[str, typer.Option("--model", help="Local directory or hub id; tiny-llava: the shipped model.")]
-
-
 TrainData = Annotated[str, typer.Option("--data", help="collage, or a JSONL file of image, question, answers.")]
-
-
 Validation = Annotated[
     str | None,
     typer.Option(help="Measured on as it trains, as --data of eval vqa; default for collage: test collages."),
 ]
-
-
 ValidationLimit = Annotated[int, typer.Option(min=1, help="Questions of it.")]
-
-
 TrainOut = Annotated[
     Path, typer.Option("--out", help="Folder for result, state, log and curves; goes on from a state there.")
 ]
-
-
 Steps = Annotated[int, typer.Option(min=1)]
-
-
 Pictures = Annotated[int, typer.Option(min=1, help="Of a step.")]
-
-
 Questions = Annotated[int, typer.Option(min=1, help="About each picture, at most.")]
-
-
 Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
-
-
 Answers = Annotated[float, typer.Option(help="Weight of the cross entropy of the right answers.")]
-
-
 Forward = Annotated[float, typer.Option(help="Weight of KL(unpatched || patched).")]
-
-
 Reverse = Annotated[float, typer.Option(help="Weight of KL(patched || unpatched).")]
-
-
 Temperature = Annotated[float, typer.Option(help="Of both.")]
-
-
 Weights = Annotated[str, typer.Option(help="Which tokens they are about: answer, uniform or saliency.")]
-
-
 Every = Annotated[int, typer.Option(min=1, help="Steps between two evaluations, at which the state is saved.")]
-
-
 TrainSeed = Annotated[int, typer.Option("--seed", help="Of the batches.")]
-
-
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-
-
 Device = Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")]
 
 
@@ -86,9 +50,9 @@ def train_registers(
     ] = "registers",
     validation: Validation = None,
     limit: ValidationLimit = 300,
-    steps: Steps = 1000,
-    pictures: Pictures = 8,
-    questions: Questions = 12,
+    steps: Steps = 600,
+    pictures: Pictures = 4,
+    questions: Questions = 16,
     rate: Rate = 1e-3,
     answers: Answers = 1.0,
     forward: Annotated[
@@ -127,9 +91,9 @@ def train_distill(
     train: Annotated[str, typer.Option(help="lora, or all: the whole language model.")] = "lora",
     validation: Validation = None,
     limit: ValidationLimit = 300,
-    steps: Steps = 1000,
-    pictures: Pictures = 8,
-    questions: Questions = 12,
+    steps: Steps = 600,
+    pictures: Pictures = 4,
+    questions: Questions = 16,
     rate: Rate = 1e-4,
     answers: Answers = 0.0,
     forward: Forward = 1.0,

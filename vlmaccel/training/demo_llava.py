@@ -6,13 +6,10 @@ python -m vlmaccel.training.demo_llava --evaluate DIR    measures a checkpoint a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from transformers import LlavaForConditionalGeneration
-
+from vlmaccel.training import demo_llava_stages
 from vlmaccel.training.demo_llava_model import FAMILY, VISUAL_TOKENS, VOCABULARY, build_model, build_processor
-from vlmaccel.training.demo_llava_stages import train_binding, train_jointly, train_vision
 from vlmaccel.training.demo_measure import (
     DATA_SECTION,
     SEED,
@@ -24,9 +21,7 @@ from vlmaccel.training.demo_measure import (
     usage_section,
 )
 from vlmaccel.training.demo_packing import PACKED
-from vlmaccel.training.demo_stages import run_stages
-
-VISION_STEPS, BINDING_STEPS, JOINT_STEPS = 1200, 700, 450
+from vlmaccel.training.demo_stages import BINDING_STEPS, JOINT_STEPS, VISION_STEPS, train_in_stages
 
 
 def train(out: Path, work: Path, steps_scale: float = 1.0) -> None:
@@ -34,19 +29,7 @@ def train(out: Path, work: Path, steps_scale: float = 1.0) -> None:
 
     Each stage leaves its own checkpoint in `work`, and is skipped if that is there.
     """
-    processor = build_processor()
-    tokenizer = processor.tokenizer
-    vision_steps, binding_steps, joint_steps = (
-        max(1, round(steps * steps_scale)) for steps in (VISION_STEPS, BINDING_STEPS, JOINT_STEPS)
-    )
-    stages: dict[str, Callable[[LlavaForConditionalGeneration], None]] = {
-        "vision": lambda model: train_vision(model, vision_steps, SEED + 1),
-        # as many pictures as steps
-        "binding": lambda model: train_binding(model, tokenizer, binding_steps, max(8, binding_steps), SEED + 2),
-        "joint": lambda model: train_jointly(model, tokenizer, joint_steps, SEED + 3),
-    }
-    run_stages(build_model, stages, work, PACKED, SEED).bfloat16().save_pretrained(out)
-    processor.save_pretrained(out)
+    train_in_stages(out, work, steps_scale, build_processor(), build_model, demo_llava_stages, PACKED, SEED)
 
 
 def evaluate(path: Path, pictures: int | None = None, **counts: int) -> Results:
@@ -78,6 +61,21 @@ which remove, merge or compress visual tokens can be tried out and ranked by acc
 {accuracy_section(results, "demo_llava")}
 
 {limits_section(len(VOCABULARY))}
+
+## With 8 registers in place of {VISUAL_TOKENS} visual tokens
+
+`vlmaccel train registers --train lora --layer 2` trains 8 registers and LoRA on the decoder, with the
+unpatched model as teacher; the visual tokens are gone from decoder layer 2 of 6 on (35.4 % of the prefill FLOPs, 36 % of the KV cache).
+
+| on 300 questions about test collages, in one pass | exactly right |
+|---|---|
+| unpatched | 99.0% |
+| 8 registers that are not trained, layer 2 | 63.3% |
+| after 400 steps of 600 | 99.0% |
+| after 600 steps | 99.3% |
+
+`generate()` in float32, 250 questions (other ones): 99.2 % (`describe` 95 % of 20). The same with 400 steps of 400: 97.0 %, and 96.8 % with
+`generate()` (`describe` 65 %). 400 steps took 5 minutes on 2 cores (Xeon with AMX), 600 steps 8.6.
 
 ## Training
 

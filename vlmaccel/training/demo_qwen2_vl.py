@@ -6,11 +6,9 @@ python -m vlmaccel.training.demo_qwen2_vl --evaluate DIR    measures a checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from transformers import Qwen2VLForConditionalGeneration
-
+from vlmaccel.training import demo_qwen2_vl_stages
 from vlmaccel.training.demo_measure import (
     DATA_SECTION,
     SEED,
@@ -29,10 +27,7 @@ from vlmaccel.training.demo_qwen2_vl_model import (
     build_model,
     build_processor,
 )
-from vlmaccel.training.demo_qwen2_vl_stages import train_binding, train_jointly, train_vision
-from vlmaccel.training.demo_stages import run_stages
-
-VISION_STEPS, BINDING_STEPS, JOINT_STEPS = 1200, 700, 450
+from vlmaccel.training.demo_stages import BINDING_STEPS, JOINT_STEPS, VISION_STEPS, train_in_stages
 
 
 def train(out: Path, work: Path, steps_scale: float = 1.0) -> None:
@@ -40,19 +35,7 @@ def train(out: Path, work: Path, steps_scale: float = 1.0) -> None:
 
     Each stage leaves its own checkpoint in `work`, and is skipped if that is there.
     """
-    processor = build_processor()
-    tokenizer = processor.tokenizer
-    vision_steps, binding_steps, joint_steps = (
-        max(1, round(steps * steps_scale)) for steps in (VISION_STEPS, BINDING_STEPS, JOINT_STEPS)
-    )
-    stages: dict[str, Callable[[Qwen2VLForConditionalGeneration], None]] = {
-        "vision": lambda model: train_vision(model, vision_steps, SEED + 1),
-        # as many pictures as steps
-        "binding": lambda model: train_binding(model, tokenizer, binding_steps, max(8, binding_steps), SEED + 2),
-        "joint": lambda model: train_jointly(model, tokenizer, joint_steps, SEED + 3),
-    }
-    run_stages(build_model, stages, work, PACKED_MATMUL, SEED).bfloat16().save_pretrained(out)
-    processor.save_pretrained(out)
+    train_in_stages(out, work, steps_scale, build_processor(), build_model, demo_qwen2_vl_stages, PACKED_MATMUL, SEED)
 
 
 def evaluate(path: Path, pictures: int | None = None, **counts: int) -> Results:

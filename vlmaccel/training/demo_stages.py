@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -42,6 +42,7 @@ QUESTION_WORDS = (
     "shape", "present", "in", "color", "of", "at", "describe",
 )
 # fmt: on
+VISION_STEPS, BINDING_STEPS, JOINT_STEPS = 1200, 700, 450  # of the demo models
 WARM_UP = 60
 REPORT_EVERY = 50
 BINDING_BATCH = 16
@@ -87,10 +88,21 @@ def initialise(model: nn.Module) -> None:
             parameter.mul_(0.3)  # what a layer adds to the residual stream starts small
 
 
-def run_stages(
-    build: Callable[[], Any], stages: Mapping[str, Callable[[Any], None]], work: Path, attention: Any, seed: int
-) -> Any:
-    """The model after all stages. Each leaves its own checkpoint in `work`, and is skipped if that is there."""
+def train_in_stages(
+    out: Path, work: Path, scale: float, processor: Any, build: Callable[[], Any], how: Any, attention: Any, seed: int
+) -> None:
+    """Train vision tower, binding and everything together, and save the checkpoint in `out`; scale: fraction of the steps.
+
+    how: the module with `train_vision`, `train_binding` and `train_jointly` of the model that `build` makes. Each stage leaves its
+    own checkpoint in `work`, and is skipped if that is there.
+    """
+    vision, binding, joint = (max(1, round(steps * scale)) for steps in (VISION_STEPS, BINDING_STEPS, JOINT_STEPS))
+    stages: dict[str, Callable[[Any], None]] = {
+        "vision": lambda model: how.train_vision(model, vision, seed + 1),
+        # as many pictures as steps
+        "binding": lambda model: how.train_binding(model, processor.tokenizer, binding, max(8, binding), seed + 2),
+        "joint": lambda model: how.train_jointly(model, processor.tokenizer, joint, seed + 3),
+    }
     torch.manual_seed(seed)
     model = build()
     for name, stage in stages.items():
@@ -100,7 +112,8 @@ def run_stages(
             stage(model)
             model.save_pretrained(work / name)
         model = AutoModelForImageTextToText.from_pretrained(work / name, dtype=torch.float32)
-    return model
+    model.bfloat16().save_pretrained(out)
+    processor.save_pretrained(out)
 
 
 def fit(

@@ -34,9 +34,9 @@ class Schedule:
     Raises ValueError for a value that is not allowed.
     """
 
-    steps: int = 1000
-    pictures: int = 8
-    questions: int = 12
+    steps: int = 600
+    pictures: int = 4
+    questions: int = 16
     rate: float = 1e-3
     warm_up: int = 30
     answers: float = 1.0
@@ -157,7 +157,7 @@ def batch_loss(trainee: Trainee, batch: Packed, schedule: Schedule) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(trainee: Trainee, packer: Packer, validation: Sequence[Dialogue], pictures: int = 8) -> float:
+def accuracy(trainee: Trainee, packer: Packer, validation: Sequence[Dialogue], pictures: int = 4) -> float:
     """Share of the questions that the patched model answers right from end to end."""
     mode, found = trainee.model.training, []
     trainee.model.eval()
