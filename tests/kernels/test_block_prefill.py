@@ -72,14 +72,17 @@ def test_agrees_with_the_formula(case):
     assert_close(got, golden(*case, SCALE), steps=None if got.dtype == torch.float32 else 3)
 
 
-@given(st.integers(1, 70), st.sampled_from([0, 3, 32]), st.sampled_from([16, 32]), st.booleans())
-def test_all_blocks_are_dense_attention(rows, earlier, block, singly):
-    query, key, value, *_, start, _ = draw(rows=rows, earlier=earlier)
+@given(st.integers(1, 70), st.sampled_from([0, 3, 32]), st.sampled_from([16, 32]), st.booleans(), st.booleans())
+def test_all_blocks_are_dense_attention(rows, earlier, block, singly, padded):
+    query, key, value, *_, start, _ = draw(rows=rows, earlier=earlier, padded=padded)
     blocks, columns = all_blocks(query, key, block)
     if singly:  # each key by its own number
         blocks, columns = columns, torch.arange(rows + earlier).int().expand(*blocks.shape[:3], -1)
-    mask = torch.ones(rows, rows + earlier).tril(earlier).bool()
-    want = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=SCALE, enable_gqa=True)
+    mask = torch.ones(rows, rows + earlier).tril(earlier).bool() & (
+        torch.arange(rows + earlier) >= start[:, None, None]
+    )
+    want = scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=SCALE, enable_gqa=True)
+    want = want.masked_fill(~mask.any(-1)[:, None, :, None], 0)
     got = block_prefill(query, key, value, blocks, columns, start, block, SCALE)
     assert torch.allclose(got, want, atol=2e-6)
 

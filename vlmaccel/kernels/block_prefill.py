@@ -12,6 +12,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from vlmaccel.kernels.block_index import dense_mask
 from vlmaccel.kernels.dispatch import gpu_form
+from vlmaccel.kernels.key_bias_attention import key_bias_attention
 
 _LIB = torch.library.Library("vlmaccel", "FRAGMENT")
 _LIB.define(
@@ -34,7 +35,8 @@ inference: it has no gradient.
 On CPUs what blocks of rows see is copied together for scaled_dot_product_attention, a few blocks at a time; in bfloat16 on
 CPUs with matrix tiles (AMX), where that is slow over short blocks of rows, for plain matrix products. At 8000 tokens and
 blocks of 64 that costs, of what dense causal attention costs, about three times the share of its pairs that is seen, and in
-bfloat16 with tiles, where dense attention is far faster, about four to five times.
+bfloat16 with tiles, where dense attention is far faster, about four to five times. Lists that hold everything are computed as
+dense attention.
 """
 
 GATHERED = 2**23  # bytes of keys and values copied together
@@ -58,6 +60,10 @@ def _torch_form(
     out = query.new_empty(batch, n, heads, dim).transpose(1, 2)
     if not out.numel():
         return out
+    if lists_all(blocks, n, key.shape[2], block):
+        padding = torch.arange(key.shape[2], device=key.device) < start[:, None]
+        bias = query.new_zeros(padding.shape, dtype=torch.float).masked_fill_(padding, -torch.inf)
+        return key_bias_attention(query, key, value, bias if bool(padding.any()) else None, scale, True)
     kv_heads, m = key.shape[1:3]
     # Blocks of rows of all heads and samples are in one line, and so are keys and values.
     q, k, v = pad(query, (0, 0, 0, -n % block)).reshape(-1, block, dim), key.reshape(-1, dim), value.reshape(-1, dim)
@@ -91,6 +97,14 @@ def _torch_form(
         # not every backend gives 0 where nothing is seen
         mixed[part] = out_part.masked_fill((first_row[part, None] + place < lowest)[..., None], 0)
     return out.copy_(mixed.view(batch, heads, -1, dim)[:, :, :n])
+
+
+def lists_all(blocks: Tensor, rows: int, keys: int, block: int) -> bool:
+    """Whether the lists hold every key block that is not after their rows."""
+    number = torch.arange(blocks.shape[2], device=blocks.device)
+    last_row = (number * block + block).clamp(max=rows) - 1 + keys - rows
+    seen = last_row // block + 1
+    return bool(((blocks >= 0) & (blocks < seen[:, None])).sum(-1).ge(seen).all())
 
 
 def products_are_faster(dtype: torch.dtype, rows: int) -> bool:
