@@ -199,7 +199,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, name: str, reentr
     labels = batch["input_ids"].clone()
     labels[:, :-4] = -100
     for weight, parameter in model.named_parameters():
-        parameter.requires_grad_("language_model" in weight or "projector" in weight)
+        parameter.requires_grad_("language_model" in weight or "projector" in weight or name == "tower")
     model.train()
     if reentrant:  # which sees gradients of arguments only
         model.enable_input_require_grads()
@@ -212,10 +212,6 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, name: str, reentr
     with vlmaccel.patched(model, LEARNING[name]):
         plain = gradients()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        if name == "tower":
-            with pytest.raises(RuntimeError, match="turn it off in the tower"):
-                model(**batch)
-            model.model.vision_tower.gradient_checkpointing_disable()
         again = gradients()
         stats = vlmaccel.stats(model)
     assert stats.stages or stats.tower

@@ -284,19 +284,61 @@ def test_patch_dropout_in_training(kind):
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", ["timm-class", "hf-vit", "open-clip"])
-def test_gradient_checkpointing_is_refused(kind):
-    model = build(kind).train()
-    enable = {"timm-class": "set_grad_checkpointing", "hf-vit": "gradient_checkpointing_enable"}
-    getattr(model, enable.get(kind, "set_grad_checkpointing"))()
-    with vlmaccel.patched(model, ToMe(r=3)):
-        with pytest.raises(RuntimeError, match="gradient checkpointing"):
-            model(pictures())
+@pytest.mark.parametrize("kind", ["timm-class", "timm-eva02", "hf-vit", "hf-dinov2", "hf-clip", "open-clip"])
+def test_gradient_checkpointing_changes_no_gradient(kind):
+    """Of two passes, whose gradients are worked out together, and twice."""
+    model = build(kind).double().train()
+    enable = {"hf": "gradient_checkpointing_enable"}.get(kind.split("-")[0], "set_grad_checkpointing")
+    first, second = pictures(2).double(), pictures(3).double().flip(-1)
+    weight = torch.randn(outputs(model, first).shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def gradients():
+        model.zero_grad(set_to_none=True)
+        loss = (outputs(model, first) * weight).sum() + outputs(model, second).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    with vlmaccel.patched(model, ToMe(r=5)):
+        plain = gradients()
+        getattr(model, enable)()
+        again = gradients()
         with torch.no_grad():
-            model(pictures())
-        model.requires_grad_(False)  # a tower that does not learn is run once
-        model(pictures())
-    model(pictures())
+            model(first)
+        assert vlmaccel.stats(model).tokens[-1] < vlmaccel.stats(model).tokens[0]
+    assert plain.keys() == again.keys() and len(plain) > 10
+    for name, gradient in plain.items():
+        assert torch.allclose(again[name], gradient, rtol=1e-9, atol=1e-9), name
+
+
+def test_a_tower_that_is_checkpointed_as_a_whole():
+    model, pixels = build("timm-class").double().train(), pictures().double()
+
+    def gradients(call):
+        model.zero_grad(set_to_none=True)
+        call().square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    with vlmaccel.patched(model, ToMe(r=5)):
+        plain = gradients(lambda: model(pixels))
+        again = gradients(lambda: torch.utils.checkpoint.checkpoint(model, pixels, use_reentrant=False))
+    assert len(plain) == len(again)
+    assert all(torch.allclose(*pair, rtol=1e-9, atol=1e-9) for pair in zip(plain, again, strict=True))
+
+
+def test_reentrant_checkpointing_of_whole_blocks_is_refused():
+    from timm.layers import set_reentrant_ckpt
+
+    model = build("timm-class").train()
+    model.set_grad_checkpointing()
+    pixels = pictures().requires_grad_()
+    set_reentrant_ckpt(True)
+    try:
+        with vlmaccel.patched(model, ToMe(r=3)), pytest.raises(RuntimeError, match="use_reentrant=False"):
+            model(pixels)
+    finally:
+        set_reentrant_ckpt(False)
+    model(pixels).sum().backward()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,6 @@ from vlmaccel.reduction import Reduction, gather
 from vlmaccel.run import Stage
 
 MASKS = ("attention_mask", "attn_mask", "key_padding_mask")
-CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +71,7 @@ class Pass:
 
     acting: the methods that merge in each block, if any. image: height and width of the pictures if known.
     everywhere: whether each block's output is looked at, so that every patch has to be there between blocks.
+    learns: whether there is a gradient. known: the block that gradient checkpointing runs once more, and what it merged.
     whole, here, after: merges of all blocks so far, of the block at hand, and of both.
     """
 
@@ -79,6 +79,8 @@ class Pass:
     acting: dict[int, list[Method]]
     image: tuple[int, int] | None
     everywhere: bool
+    learns: bool = False
+    known: tuple[int, Reduction | None] | None = None
     whole: Reduction | None = None
     here: Reduction | None = None
     after: Reduction | None = None
@@ -91,17 +93,20 @@ class Pass:
 
 
 class Local(threading.local):
-    """What this thread is at. entered: image size and `everywhere` of a call of the tower that is about to start."""
+    """What this thread is at. entered: image size, `everywhere` and `learns` of a call of the tower that is about to start.
+    again: the pass of blocks that run while gradients are worked out."""
 
-    entered: tuple[tuple[int, int] | None, bool] | None = None
+    entered: tuple[tuple[int, int] | None, bool, bool] | None = None
     now: Pass | None = None
+    again: Pass | None = None
 
 
 class Traced:
     """The same for torch.compile, which cannot follow thread-local state."""
 
-    entered: tuple[tuple[int, int] | None, bool] | None = None
+    entered: tuple[tuple[int, int] | None, bool, bool] | None = None
     now: Pass | None = None
+    again: Pass | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +159,7 @@ class VisionHooks:
     @property
     def merged(self) -> tuple[Reduction | None, Tensor | None]:
         """The merges of all blocks before the one that runs, and the bias (B, n) on its keys; None where there are none."""
-        now = self._state.now
+        now = self._now
         return (None, None) if now is None else (now.whole, now.bias)
 
     @property
@@ -166,45 +171,39 @@ class VisionHooks:
     def _state(self) -> Local | Traced:
         return self._traced if torch.compiler.is_compiling() else self._local
 
+    @property
+    def _now(self) -> Pass | None:
+        return self._state.again if in_backward() else self._state.now
+
     def _on_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         pixels = args[0] if args else kwargs.get("pixel_values")
         image = (pixels.shape[2], pixels.shape[3]) if isinstance(pixels, Tensor) and pixels.ndim == 4 else None
         config = getattr(module, "config", None)
         recorded = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
-        self._state.entered = (image, bool(recorded) and self.parts.last is None)
+        self._state.entered = (image, bool(recorded) and self.parts.last is None, torch.is_grad_enabled())
 
-    def _start(self, hidden: Tensor) -> Pass:
-        state = self._state
-        if torch.is_grad_enabled() and self._checkpointing() and self._learns(hidden):
-            raise RuntimeError(
-                "merging in a vision tower cannot train it with gradient checkpointing, which runs blocks a second time; "
-                "turn it off in the tower, freeze the tower, or call vlmaccel.unpatch(model)"
-            )
+    def _start(self, hidden: Tensor) -> None:
         # blocks that run without a call of the tower (timm's forward_intermediates) are there to be looked at
-        image, everywhere = state.entered or (None, True)
+        state = self._state
+        image, everywhere, learns = state.entered or (None, True, torch.is_grad_enabled())
         tower = Tower(self._last + 1, hidden.shape[1], self.parts.prefix, self.cost)
         acting: dict[int, list[Method]] = {}
         for method in self.methods:
             for block in method.vision_blocks(tower):
                 acting.setdefault(block, []).append(method)
-        state.entered, state.now = None, Pass(tower, acting, image, everywhere)
-        return state.now
-
-    def _learns(self, hidden: Tensor) -> bool:
-        return hidden.requires_grad or any(
-            p.requires_grad for part in self.parts.blocks for p in part.block.parameters()
-        )
-
-    def _checkpointing(self) -> bool:
-        tower = self.parts.tower
-        modules = (tower, *tower.children(), self.parts.blocks[0].block)
-        return any(getattr(module, name, False) is True for module in modules for name in CHECKPOINTING)
+        state.entered, state.again = None, None
+        now = Pass(tower, acting, image, everywhere, learns)
+        if in_backward():
+            state.again = now
+        else:
+            state.now = now
 
     def _before_block(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if i == 0:
+        now = self._now
+        if i == 0 and not (in_backward() and now is not None and now.known is not None):
             self._start(hidden)
-        now = self._state.now
+        now = self._now
         if now is None or now.whole is None or now.done:
             return None
         if now.everywhere:
@@ -215,7 +214,7 @@ class VisionHooks:
         return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
     def _before_attention(self, mask: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        now = self._state.now
+        now = self._now
         if now is None or not now.acting or now.done:
             return None
         queries_only = args if mask == "key_padding_mask" else args[:1]
@@ -234,7 +233,7 @@ class VisionHooks:
         return queries_only, kwargs
 
     def _after_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
-        now = self._state.now
+        now = self._now
         if now is not None and now.fast is not None:
             now.fast.__exit__(None, None, None)
             now.fast = None
@@ -242,7 +241,7 @@ class VisionHooks:
     def _on_keys(
         self, i: int, metric: Callable[[Tensor], Tensor], module: nn.Module, args: tuple, output: Tensor
     ) -> None:
-        now = self._state.now
+        now = self._now
         if now is None or not now.acting or now.done:
             return
         if i in now.acting:  # at once, while the keys are still in the cache
@@ -252,39 +251,58 @@ class VisionHooks:
             now.fast.__enter__()
 
     def _on_norm(self, i: int, module: nn.Module, args: tuple) -> Any:
-        now, hidden = self._state.now, args[0]
-        if now is None or now.metric is None:
+        now, hidden = self._now, args[0]
+        if now is None or now.done:
             return None
         metric, now.metric = now.metric, None
-        whole = now.whole
-        for method in now.acting[i]:
+        whole, acting = now.whole, now.acting.get(i, [])
+        if now.known is not None and (known := now.known[1]) is not None:
+            hidden = known.apply(hidden, None if whole is None else whole.size)
+            now.here, whole = known, known if whole is None else whole.then(known)
+        for method in acting:
+            assert metric is not None
             size = None if whole is None else whole.size
             reduction = method.vision_block(VisionBlock(now.tower, i, hidden, metric, size))
             if reduction is None:
                 continue
             check_fits(method, reduction, hidden)
             hidden = reduction.apply(hidden, size)
-            if len(now.acting[i]) > 1:
+            if len(acting) > 1:
                 metric = reduction.apply(metric, size)
             now.here = reduction if now.here is None else now.here.then(reduction)
             whole = reduction if whole is None else whole.then(reduction)
         if now.here is None:
             return None
         now.after = whole
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if now.learns or torch.compiler.is_compiling():
             return (hidden, *args[1:])
         args[0].set_(hidden)
         now.merged = True
         return None
 
     def _on_mlp(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        now = self._state.now
+        now = self._now
         return None if now is None or now.here is None or now.merged else now.here.unmerge(output)
 
     def _after_block(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        now = self._state.now
+        now = self._now
         if now is None or now.done:
             return None
+        if now.learns and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "merging in this vision tower cannot train with reentrant gradient checkpointing; give use_reentrant=False "
+                "(timm: timm.layers.set_reentrant_ckpt(False))"
+            )
+        again = Pass(
+            now.tower,
+            {len(self.parts.blocks): []},
+            now.image,
+            now.everywhere,
+            True,
+            (i, now.here),
+            now.whole,
+            bias=now.bias,
+        )
         here, merged = now.here, now.merged
         now.here, now.merged, now.metric = None, False, None
         if here is not None:
@@ -294,10 +312,17 @@ class VisionHooks:
         last = i == self._last
         if last:
             now.done = True
+        if last and now.known is None:
             self.last = Seen(output.shape[0], now.tower.tokens, now.image, tuple(now.stages))
         if now.whole is not None and (now.everywhere or (last and not self._prefix_only())):
-            return now.whole.unmerge(output)
-        return None if here is None else output
+            output = now.whole.unmerge(output)
+        if output.requires_grad and now.known is None and not torch.compiler.is_compiling():
+            output.register_hook(partial(self._before_gradient, again))
+        return output
+
+    def _before_gradient(self, again: Pass, gradient: Tensor) -> None:
+        """Gradient checkpointing may run the block once more now, on what it was given and with what it merged."""
+        self._state.again = replace(again)
 
     def _prefix_only(self) -> bool:
         only = self.parts.prefix_only
@@ -315,12 +340,17 @@ class VisionHooks:
 
     def _on_projector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Give the members of a group the same features to the bit, whatever rounding the projector did to each."""
-        now = self._state.now
+        now = self._now
         if now is None or now.whole is None or output.ndim != 3:
             return None
         first = gather(now.whole.keep[..., None], now.whole.group.clamp(min=0))[..., 0]
         left = now.tower.tokens - output.shape[1]  # class and register tokens are not projected by most
         return gather(output, first[:, left:] - left) if 0 <= left <= self.parts.prefix else None
+
+
+def in_backward() -> bool:
+    """Whether this runs while gradients are worked out, as blocks do that gradient checkpointing runs once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
 
 def rope_rows(rope: Tensor, index: Tensor) -> Tensor:
