@@ -7,7 +7,7 @@ import torch
 
 import vlmaccel
 from tests.support import models
-from vlmaccel.methods import EVS, CDPruner, DivPrune
+from vlmaccel.methods import EVS, CDPruner, DivPrune, VisPruner
 from vlmaccel.methods.cdpruner import from_0_to_1, largest_determinant
 from vlmaccel.methods.divprune import farthest_first
 from vlmaccel.methods.evs import change
@@ -105,7 +105,7 @@ def test_evs_keeps_the_first_frame_and_drops_from_videos_only(ratio):
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.6])
-@pytest.mark.parametrize("method", [DivPrune, CDPruner])
+@pytest.mark.parametrize("method", [DivPrune, CDPruner, VisPruner])
 @torch.no_grad()
 def test_frames_of_a_video_are_picked_from_one_by_one(method, ratio):
     model, batch = models.build("qwen2-vl"), models.inputs("qwen2-vl", 3, pad=True, video=True)
