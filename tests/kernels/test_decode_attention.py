@@ -14,6 +14,12 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE))
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["no tiles", "tiles"])
+def processor(request, monkeypatch):
+    """The form for the other kind of processor has to be right too."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: request.param)
+
+
 def draw(seed, batch, kv_heads, ratio, m, dim, dtype):
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, kv_heads * ratio, 1, dim, generator=generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
@@ -11,11 +12,30 @@ from vlmaccel.cache import PrunedLayer
 
 
 class DecodeAttention(TorchFunctionMode):
-    """Inside it, `scaled_dot_product_attention` of the newest token is `layer.attend`, however the layer holds its keys."""
+    """Inside it, `scaled_dot_product_attention` of the newest token is `layer.attend`, however the layer holds its keys.
+
+    It takes effect when the layer's `update` is done, since every torch call that it sees costs a call of Python.
+    """
 
     def __init__(self, layer: PrunedLayer) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.seeing = layer, False
+
+    def __enter__(self) -> DecodeAttention:
+        vars(self.layer)["update"] = self._update
+        return self
+
+    def _update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        del vars(self.layer)["update"]
+        updated = self.layer.update(*args, **kwargs)
+        super().__enter__()
+        self.seeing = True
+        return updated
+
+    def __exit__(self, *error: Any) -> None:
+        if self.seeing:
+            super().__exit__(*error)
+        vars(self.layer).pop("update", None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
