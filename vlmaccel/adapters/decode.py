@@ -22,11 +22,11 @@ class DecodeAttention(TorchFunctionMode):
         self.layer, self.seeing = layer, False
 
     def __enter__(self) -> DecodeAttention:
-        vars(self.layer)["update"] = self._update
+        self.layer.__dict__["update"] = self._update
         return self
 
     def _update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        del vars(self.layer)["update"]
+        del self.layer.__dict__["update"]
         updated = self.layer.update(*args, **kwargs)
         super().__enter__()
         self.seeing = True
@@ -35,7 +35,7 @@ class DecodeAttention(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         if self.seeing:
             super().__exit__(*error)
-        vars(self.layer).pop("update", None)
+        self.layer.__dict__.pop("update", None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -244,7 +244,7 @@ class VisionHooks:
         now = self._now
         if now is None or not now.acting or now.done:
             return
-        if i in now.acting:  # at once, while the keys are still in the cache
+        if i in now.acting and now.known is None:  # at once, while the keys are still in the cache
             now.metric = metric(output.detach())
         if not torch.compiler.is_compiling() and FastAttention.fits(output):  # the attention itself comes next
             now.fast = FastAttention(now.bias)
@@ -255,7 +255,7 @@ class VisionHooks:
         if now is None or now.done:
             return None
         metric, now.metric = now.metric, None
-        whole, acting = now.whole, now.acting.get(i, [])
+        whole, acting = now.whole, [] if now.known is not None else now.acting.get(i, [])
         if now.known is not None and (known := now.known[1]) is not None:
             hidden = known.apply(hidden, None if whole is None else whole.size)
             now.here, whole = known, known if whole is None else whole.then(known)
@@ -293,16 +293,7 @@ class VisionHooks:
                 "merging in this vision tower cannot train with reentrant gradient checkpointing; give use_reentrant=False "
                 "(timm: timm.layers.set_reentrant_ckpt(False))"
             )
-        again = Pass(
-            now.tower,
-            {len(self.parts.blocks): []},
-            now.image,
-            now.everywhere,
-            True,
-            (i, now.here),
-            now.whole,
-            bias=now.bias,
-        )
+        before = replace(now, known=(i, now.here), here=None, merged=False, stages=[])
         here, merged = now.here, now.merged
         now.here, now.merged, now.metric = None, False, None
         if here is not None:
@@ -317,12 +308,12 @@ class VisionHooks:
         if now.whole is not None and (now.everywhere or (last and not self._prefix_only())):
             output = now.whole.unmerge(output)
         if output.requires_grad and now.known is None and not torch.compiler.is_compiling():
-            output.register_hook(partial(self._before_gradient, again))
+            output.register_hook(partial(self._before_gradient, before))
         return output
 
-    def _before_gradient(self, again: Pass, gradient: Tensor) -> None:
-        """Gradient checkpointing may run the block once more now, on what it was given and with what it merged."""
-        self._state.again = replace(again)
+    def _before_gradient(self, before: Pass, gradient: Tensor) -> None:
+        """Gradient checkpointing may run a block once more now, on what it was given and with what it merged."""
+        self._state.again = replace(before)
 
     def _prefix_only(self) -> bool:
         only = self.parts.prefix_only
