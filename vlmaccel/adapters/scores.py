@@ -12,12 +12,10 @@ from torch import Tensor
 from vlmaccel.adapters.masks import causal_mask, per_head
 from vlmaccel.adapters.view import View
 from vlmaccel.cache import KeyBias, PrunedLayer
-from vlmaccel.kernels.attention_rows import attention_rows
+from vlmaccel.kernels.attention_rows import a_few_at_a_time, attention_rows
 from vlmaccel.kernels.score_rows import score_rows
 from vlmaccel.reduction import gather
 from vlmaccel.run import Run
-
-ROWS = 64  # rows of attention that exist at a time, or an eighth of all if that is less
 
 
 def projected(attention: Any, which: str, x: Tensor) -> Tensor:
@@ -64,7 +62,7 @@ class LayerScores:
             query, key, index = self._rotated("q", None), self._all_keys(), view.rows[:, None]
             return score_rows(query, key, row, index, None, scale, 0, "sum").mean(1)
         total = torch.zeros(counts.shape, device=counts.device)
-        for rows in torch.arange(n, device=counts.device).expand(len(counts), -1).split(min(ROWS, max(1, n // 8)), 1):
+        for rows in a_few_at_a_time(torch.arange(n, device=counts.device).expand(len(counts), -1), n):
             total += (self.rows(rows).mean(1) * counts.gather(1, rows)[..., None]).sum(1)
         return total
 

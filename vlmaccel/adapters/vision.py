@@ -71,7 +71,8 @@ class Pass:
 
     acting: the methods that merge in each block, if any. image: height and width of the pictures if known.
     everywhere: whether each block's output is looked at, so that every patch has to be there between blocks.
-    learns: whether there is a gradient. known: the block that gradient checkpointing runs once more, and what it merged.
+    learns: whether there is a gradient. again: whether this is one block that gradient checkpointing runs once more, and known
+    what it merged.
     whole, here, after: merges of all blocks so far, of the block at hand, and of both.
     """
 
@@ -80,7 +81,8 @@ class Pass:
     image: tuple[int, int] | None
     everywhere: bool
     learns: bool = False
-    known: tuple[int, Reduction | None] | None = None
+    again: bool = False
+    known: Reduction | None = None
     whole: Reduction | None = None
     here: Reduction | None = None
     after: Reduction | None = None
@@ -180,7 +182,9 @@ class VisionHooks:
         image = (pixels.shape[2], pixels.shape[3]) if isinstance(pixels, Tensor) and pixels.ndim == 4 else None
         config = getattr(module, "config", None)
         recorded = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
-        self._state.entered = (image, bool(recorded) and self.parts.last is None, torch.is_grad_enabled())
+        state = self._state
+        state.entered = (image, bool(recorded) and self.parts.last is None, torch.is_grad_enabled())
+        state.again = None  # of this thread: what follows is all of the tower, even if gradients are worked out
 
     def _start(self, hidden: Tensor) -> None:
         # blocks that run without a call of the tower (timm's forward_intermediates) are there to be looked at
@@ -191,7 +195,7 @@ class VisionHooks:
         for method in self.methods:
             for block in method.vision_blocks(tower):
                 acting.setdefault(block, []).append(method)
-        state.entered, state.again = None, None
+        state.entered = None
         now = Pass(tower, acting, image, everywhere, learns)
         if in_backward():
             state.again = now
@@ -201,7 +205,7 @@ class VisionHooks:
     def _before_block(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         now = self._now
-        if i == 0 and not (in_backward() and now is not None and now.known is not None):
+        if i == 0 and (now is None or not now.again):
             self._start(hidden)
         now = self._now
         if now is None or now.whole is None or now.done:
@@ -244,7 +248,7 @@ class VisionHooks:
         now = self._now
         if now is None or not now.acting or now.done:
             return
-        if i in now.acting and now.known is None:  # at once, while the keys are still in the cache
+        if i in now.acting and not now.again:  # at once, while the keys are still in the cache
             now.metric = metric(output.detach())
         if not torch.compiler.is_compiling() and FastAttention.fits(output):  # the attention itself comes next
             now.fast = FastAttention(now.bias)
@@ -255,10 +259,10 @@ class VisionHooks:
         if now is None or now.done:
             return None
         metric, now.metric = now.metric, None
-        whole, acting = now.whole, [] if now.known is not None else now.acting.get(i, [])
-        if now.known is not None and (known := now.known[1]) is not None:
-            hidden = known.apply(hidden, None if whole is None else whole.size)
-            now.here, whole = known, known if whole is None else whole.then(known)
+        whole, acting = now.whole, [] if now.again else now.acting.get(i, [])
+        if now.known is not None:
+            hidden = now.known.apply(hidden, None if whole is None else whole.size)
+            now.here, whole = now.known, now.known if whole is None else whole.then(now.known)
         for method in acting:
             assert metric is not None
             size = None if whole is None else whole.size
@@ -293,7 +297,8 @@ class VisionHooks:
                 "merging in this vision tower cannot train with reentrant gradient checkpointing; give use_reentrant=False "
                 "(timm: timm.layers.set_reentrant_ckpt(False))"
             )
-        before = replace(now, known=(i, now.here), here=None, merged=False, stages=[])
+        learns = now.learns and not now.again and not torch.compiler.is_compiling()
+        before = replace(now, again=True, known=now.here, here=None, stages=[]) if learns else None
         here, merged = now.here, now.merged
         now.here, now.merged, now.metric = None, False, None
         if here is not None:
@@ -303,11 +308,11 @@ class VisionHooks:
         last = i == self._last
         if last:
             now.done = True
-        if last and now.known is None:
+        if last and not now.again:
             self.last = Seen(output.shape[0], now.tower.tokens, now.image, tuple(now.stages))
         if now.whole is not None and (now.everywhere or (last and not self._prefix_only())):
             output = now.whole.unmerge(output)
-        if output.requires_grad and now.known is None and not torch.compiler.is_compiling():
+        if before is not None and output.requires_grad:
             output.register_hook(partial(self._before_gradient, before))
         return output
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROWS = 64  # of attention that exist at a time
+
+
+def a_few_at_a_time(rows: Tensor, keys: int) -> tuple[Tensor, ...]:
+    """Rows (B, Q) in parts of 64, or of an eighth of the keys if that is less: far from the whole of short sequences too."""
+    return rows.split(min(ROWS, max(1, keys // 8)), 1)
+
 
 def attention_rows(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> Tensor:
     """softmax(query key^T * scale) over all keys in float32, as the model's own attention has it in those rows.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmaccel.hooks import Attention, DecoderLayer, Positions, VisualTokens
+from vlmaccel.kernels.attention_rows import a_few_at_a_time
 from vlmaccel.methods.merging import Grouping
 from vlmaccel.methods.selection import (
     at_least_one,
@@ -27,7 +28,6 @@ from vlmaccel.reduction import Reduction
 from vlmaccel.run import Modality
 
 VISUAL = 576  # tokens that the official counts are for
-ROWS = 64  # rows of attention that exist at a time, or an eighth of all if that is less
 HEADS = 14 / 32  # share of the heads that SparseVLM+ averages over
 
 
@@ -135,9 +135,8 @@ class SparseVLM(Grouping):
         weight = rates / rates.sum(2, keepdim=True).clamp(min=1)  # (B, S, n)
         some = rates.any(1)
         rows = (~some).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(some.sum(1).max())]
-        n = image.shape[1]
         total: Tensor | float = 0.0
-        for part in rows.split(min(ROWS, max(1, n // 8)), 1):
+        for part in a_few_at_a_time(rows, image.shape[1]):
             of = weight.gather(2, part[:, None].expand(-1, weight.shape[1], -1)).transpose(1, 2)  # (B, Q, S)
             of = of.gather(2, image.clamp(min=0)[:, None].expand(-1, of.shape[1], -1))  # (B, Q, n)
             total = total + (self.rated(at, part) * of[:, None].to(at.hidden.device)).sum(2)

@@ -157,7 +157,7 @@ def batch_loss(trainee: Trainee, batch: Packed, schedule: Schedule) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(trainee: Trainee, packer: Packer, validation: Sequence[Dialogue], pictures: int = 4) -> float:
+def accuracy(trainee: Trainee, packer: Packer, validation: Sequence[Dialogue], pictures: int = 8) -> float:
     """Share of the questions that the patched model answers right from end to end."""
     mode, found = trainee.model.training, []
     trainee.model.eval()
