@@ -91,7 +91,7 @@ def train_distill(
     train: Annotated[str, typer.Option(help="lora, or all: the whole language model.")] = "lora",
     validation: Validation = None,
     limit: ValidationLimit = 300,
-    steps: Steps = 600,
+    steps: Steps = 400,
     pictures: Pictures = 4,
     questions: Questions = 16,
     rate: Rate = 1e-4,
