@@ -13,6 +13,7 @@ from torch import nn
 from vlmaccel.adapters.base import all_adapters, find_adapter
 from vlmaccel.adapters.install import Patch
 from vlmaccel.hooks import Method
+from vlmaccel.kernels.block_compiled import COMPILED_ATTENTION
 from vlmaccel.methods import check_options, make, registry
 from vlmaccel.stats import Stats, TowerStats, stats_of
 
@@ -109,8 +110,16 @@ def _install(model: nn.Module, wanted: tuple[Method, ...]) -> None:
     if new is not None:
         new.install(model)
         setattr(model, MARK, new)
-    if "torch._dynamo" in sys.modules:  # compiled code does not look whether hooks have come or gone
+    if _anything_compiled():  # which does not look whether hooks have come or gone
         torch.compiler.reset()
+
+
+def _anything_compiled() -> bool:
+    """Whether torch.compile has compiled something in this process, except our own attention, which is in no model."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    codes = [code() for code in torch._dynamo.convert_frame.input_codes.seen]
+    return any(code is not None and code is not COMPILED_ATTENTION for code in codes)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmaccel.kernels.block_index import beside, computed_share, dense_mask, vertical_slash_index
+from vlmaccel.kernels.block_index import beside, computed_share, dense_mask, vertical_slash_index, with_all
 
 
 @st.composite
@@ -77,7 +77,7 @@ def test_all_diagonals_or_all_keys_are_everything():
         lists = vertical_slash_index(*lines, 41, 50, 16)
         start = torch.zeros(1, dtype=torch.long)
         assert torch.equal(dense_mask(*lists, start, 41, 50, 16)[0, 0], torch.ones(41, 50).tril(9).bool())
-        assert computed_share(*lists, start, 41, 50, 16).tolist() == [1.0]
+        assert computed_share(*lists, start, 41, 50, 16).tolist() == [[1.0]]
 
 
 @given(chosen(), st.booleans())
@@ -88,8 +88,17 @@ def test_share_counts_the_pairs_of_the_mask(case, padded):
     mask = dense_mask(*lists, start, rows, keys, block)
     key = torch.arange(keys)
     causal = (key <= key[keys - rows :, None]) & (key >= start[:, None, None])
-    want = mask.sum((1, 2, 3)) / (3 * causal.sum((1, 2)))
+    want = mask.sum((2, 3)) / causal.sum((1, 2))[:, None]
     assert torch.allclose(computed_share(*lists, start, rows, keys, block), want.float())
+
+
+@given(chosen())
+def test_some_heads_are_given_everything(case):
+    _, _, rows, keys, block = case
+    lists, start = vertical_slash_index(*case), torch.zeros(2, dtype=torch.long)
+    heads = torch.tensor([[True, False, True], [False, False, True]])
+    share = computed_share(*with_all(heads, *lists, keys, block), start, rows, keys, block)
+    assert torch.equal(share, computed_share(*lists, start, rows, keys, block).masked_fill(heads, 1))
 
 
 def test_share_of_a_long_prompt_does_not_overflow():

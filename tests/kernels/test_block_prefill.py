@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-import vlmaccel.kernels.block_prefill as module
 from tests.support.close import assert_close
-from vlmaccel.kernels.block_index import dense_mask, vertical_slash_index
-from vlmaccel.kernels.block_prefill import block_prefill, reference
+from vlmaccel.kernels import block_gather
+from vlmaccel.kernels import block_prefill as module
+from vlmaccel.kernels.block_index import computed_share, dense_mask, vertical_slash_index
+from vlmaccel.kernels.block_prefill import block_prefill, reference, where_it_pays
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALE = 0.3
@@ -18,7 +19,7 @@ SCALE = 0.3
 @pytest.fixture(autouse=True, params=[False, True], ids=["fused", "products"])
 def form(request, monkeypatch):
     """What this processor is not faster with has to be right too."""
-    monkeypatch.setattr(module, "products_are_faster", lambda dtype, rows: request.param)
+    monkeypatch.setattr(block_gather, "products_are_faster", lambda dtype, rows: request.param)
 
 
 def draw(heads=(4, 2), rows=50, earlier=0, dim=16, batch=2, lines=(5, 2), block=16, padded=False, dtype=torch.float32,
@@ -120,7 +121,7 @@ def test_without_lists_all_is_zero():
 
 @pytest.mark.parametrize("gathered", [1, 4000, 20000])
 def test_heads_go_in_parts(monkeypatch, gathered):
-    monkeypatch.setattr(module, "GATHERED", gathered)
+    monkeypatch.setattr(block_gather, "GATHERED", gathered)
     case = draw(heads=(6, 3), rows=100, batch=3, padded=True)
     assert_close(block_prefill(*case, SCALE), golden(*case, SCALE))
 
@@ -145,3 +146,17 @@ def test_compiles():
     case = draw(rows=40)
     compiled = torch.compile(lambda *args: block_prefill(*args, SCALE) * 2, fullgraph=True)
     assert torch.allclose(compiled(*case), block_prefill(*case, SCALE) * 2)
+
+
+def test_what_would_be_slower_than_all_is_all(monkeypatch):
+    *parts, blocks, columns, start, block = draw((4, 2), 200, lines=(20, 4), padded=True)
+    share = computed_share(blocks, columns, start, 200, 200, block)
+    limit = share.median().item()
+    monkeypatch.setattr(module, "pays_below", lambda dtype: limit)
+    lists = where_it_pays(*parts[:2], blocks, columns, start, block)
+    assert all(torch.equal(x, y) for x, y in zip(lists, (blocks, columns), strict=True))  # short
+    monkeypatch.setattr(module, "SHORT", 200)
+    lists = where_it_pays(*parts[:2], blocks, columns, start, block)
+    now = computed_share(*lists, start, 200, 200, block)
+    assert torch.equal(now, share.masked_fill(share > limit, 1))
+    assert 0 < (now == 1).sum() < now.numel()

@@ -15,7 +15,7 @@ from vlmaccel.adapters.masks import USE_SDPA
 from vlmaccel.adapters.view import View
 from vlmaccel.hooks import AttentionCall, Method, TokenSet
 from vlmaccel.kernels.block_index import computed_share
-from vlmaccel.kernels.block_prefill import block_prefill
+from vlmaccel.kernels.block_prefill import block_prefill, where_it_pays
 from vlmaccel.kernels.places import places
 from vlmaccel.kernels.token_prefill import token_prefill
 from vlmaccel.run import Run
@@ -58,8 +58,9 @@ class SparseAttention(TorchFunctionMode):
         if isinstance(pattern, TokenSet):
             self.run.attended[self.layer] = token_share(pattern.chosen, self.real, n)
             return token_prefill(query, key, value, places(pattern.chosen), scale)
-        start, lists = self.real.byte().argmax(1), (pattern.blocks, pattern.columns)
-        self.run.attended[self.layer] = computed_share(*lists, start, n, m, pattern.block)
+        start = self.real.byte().argmax(1)
+        lists = where_it_pays(query, key, pattern.blocks, pattern.columns, start, pattern.block)
+        self.run.attended[self.layer] = computed_share(*lists, start, n, m, pattern.block).mean(1)
         return block_prefill(query, key, value, *lists, start, pattern.block, scale)
 
     def _all(self, query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:

@@ -383,6 +383,6 @@ def _met(yes: bool) -> str:
 def short_name(method: str) -> str:
     """Of a method's repr, what tells it from another."""
     name, _, options = method.rstrip(")").partition("(")
-    shown = ("tau", "vertical", "slash", "mass", "gamma")
+    shown = ("tau", "vertical", "slash", "blocks", "mass", "gamma")
     parts = [part for part in options.split(", ") if part.split("=")[0] in shown and not part.endswith("=None")]
     return " ".join([name, *parts])

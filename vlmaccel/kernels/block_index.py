@@ -58,21 +58,29 @@ def dense_mask(blocks: Tensor, columns: Tensor, start: Tensor, n_rows: int, n_ke
 
 
 def computed_share(blocks: Tensor, columns: Tensor, start: Tensor, n_rows: int, n_keys: int, block: int) -> Tensor:
-    """(B,) float32, the share of the causal pairs of row and key that the lists hold, over all heads. start: (B,)."""
+    """(B, H) float32, the share of a head's causal pairs of row and key that its lists hold. start: (B,)."""
     first, last = (x[:, None] for x in _row_range(n_rows, n_keys, block, blocks.device))
     start = start[:, None, None, None]
 
     def pairs(key: Tensor, width: int) -> Tensor:
-        """Sum over the lists of the pairs that rows first to last have with keys key to key + width - 1."""
+        """(B, H), sum over the lists of the pairs that rows first to last have with keys key to key + width - 1."""
         begin, end = (torch.maximum(x.long(), start) for x in (key, key + width))
         below = _triangle(last - begin + 1) - _triangle(first - begin)
         beyond = _triangle(last - end + 1) - _triangle(first - end)
-        return ((below - beyond) * (key >= 0)).sum((1, 2, 3))
+        return ((below - beyond) * (key >= 0)).sum((2, 3))
 
     real = start.flatten().clamp(min=0)
     of = _triangle(n_keys - real) - _triangle(n_keys - n_rows - real)
     held = pairs(blocks * block, block) + pairs(columns, 1)
-    return held.float() / (of * blocks.shape[1]).clamp(min=1)
+    return held.float() / of.clamp(min=1)[:, None]
+
+
+def with_all(heads: Tensor, blocks: Tensor, columns: Tensor, n_keys: int, block: int) -> tuple[Tensor, Tensor]:
+    """The lists, with all key blocks, and no columns, for some `heads` (B, H) bool."""
+    everything = torch.arange(_blocks(n_keys, block), dtype=torch.int32, device=blocks.device)
+    blocks = pad(blocks, (0, len(everything) - blocks.shape[3]), value=-1)
+    heads = heads[..., None, None]
+    return torch.where(heads, everything, blocks), columns.masked_fill(heads, -1)
 
 
 def _blocks(n: int, block: int) -> int:
