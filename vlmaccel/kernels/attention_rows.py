@@ -24,7 +24,7 @@ def attention_rows(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> Te
     batch, heads, rows, dim = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
-    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, rows, -1).float().mul(scale)
+    logits = (grouped @ key.transpose(2, 3)).view(batch, heads, rows, -1).float().mul_(scale)
     if mask.dtype != torch.bool:
         allowed = mask > torch.finfo(mask.dtype).min / 2
         logits += mask.float().masked_fill(~allowed, 0)

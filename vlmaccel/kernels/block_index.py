@@ -32,17 +32,20 @@ def vertical_slash_index(
         flags.scatter_(2, crossed.masked_fill(slash < 0, none), True)
     hit = flags[..., 1 : len(first) + key_blocks].unfold(2, key_blocks, 1).flip(2)
     number = torch.arange(key_blocks, device=slash.device, dtype=torch.int32)
-    column = vertical.int().sort(2).values[:, :, None].expand(-1, -1, len(first), -1)
-    return _lists(hit, number.expand_as(hit)), _lists(beside(hit, column, block) & (column <= last[:, None]), column)
+    column = vertical.int().sort(2).values[:, :, None]
+    return _lists(hit, number.expand(*hit.shape[:2], 1, -1)), _lists(
+        beside(hit, column, block) & (column <= last[:, None]), column
+    )
 
 
 def beside(hit: Tensor, columns: Tensor, block: int) -> Tensor:
     """(B, H, Q, C) bool, which of the ascending `columns` are keys (not -1), not there before and in no block that is listed.
 
-    hit: (B, H, Q, n_keys / block) bool, the blocks that are listed. columns: (B, H, Q, C) int.
+    hit: (B, H, Q, n_keys / block) bool, the blocks that are listed. columns: (B, H, Q or 1, C) int.
     """
     again = pad(columns[..., 1:] == columns[..., :-1], (1, 0))[..., : columns.shape[3]]
-    return ~hit.gather(3, columns.long().clamp(min=0) // block) & ~again & (columns >= 0)
+    inside = columns.clamp(min=0).div(block, rounding_mode="floor").long().expand(-1, -1, hit.shape[2], -1)
+    return (~hit).gather(3, inside) & (~again & (columns >= 0))
 
 
 def dense_mask(blocks: Tensor, columns: Tensor, start: Tensor, n_rows: int, n_keys: int, block: int) -> Tensor:
@@ -94,14 +97,13 @@ def _row_range(n_rows: int, n_keys: int, block: int, device: torch.device) -> tu
 
 
 def _lists(chosen: Tensor, number: Tensor) -> Tensor:
-    """(B, H, Q, most) int32: the `number` (B, H, Q, n) of what is `chosen` (B, H, Q, n) bool, with -1 behind."""
+    """(B, H, Q, most) int32: the `number` (B, H, 1, n) of what is `chosen` (B, H, Q, n) bool, with -1 behind."""
     count = chosen.flatten(0, 2).sum(1)
     row, place = chosen.flatten(0, 2).nonzero(as_tuple=True)
     most = int(count.max()) if count.numel() else 0
     lists = number.new_full((len(count), most), -1, dtype=torch.int32)
-    lists[row, torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]] = number.flatten(0, 2)[
-        row, place
-    ]
+    behind = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    lists[row, behind] = number.flatten(0, 2)[row // chosen.shape[2], place]
     return lists.view(*chosen.shape[:3], most)
 
 

@@ -19,7 +19,7 @@ from vlmaccel.kernels.places import places
 from vlmaccel.methods.block_sparse import block_attention, block_means, blocks_of, by_means, row_blocks
 from vlmaccel.methods.eviction import check_finite
 from vlmaccel.methods.selection import check_choice
-from vlmaccel.methods.vertical_slash import BLOCKS, best, check_mass, in_one_piece, last_rows, lines
+from vlmaccel.methods.vertical_slash import BLOCKS, best, check_mass, in_one_piece, lines
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ class FlexPrefill(Method):
             return None
         share, own = block_attention(at, self.block)
         check_finite(self, at, share)
-        attention = last_rows(at, self.block)
-        true = blocks_of(attention.mean(2), self.block).sum(-1)
-        rows, (n, m) = attention.shape[2], (at.query.shape[2], at.key.shape[2])
+        keys, diagonals = lines(at, self.block)
+        n, m = at.query.shape[2], at.key.shape[2]
+        rows = min(self.block, n)
+        true = blocks_of(keys, self.block).sum(-1)
         mean = block_means(at.query[:, :, n - rows :], at.real[:, m - rows :], self.block)
         _, last = row_blocks(rows, m, self.block, mean.device)
         expected = by_means(at, mean, last, self.block)[:, :, 0]
@@ -67,7 +68,6 @@ class FlexPrefill(Method):
         first = torch.arange(share.shape[3], device=share.device) == start[..., None] // self.block
         means = places(whole_map(share, self.gamma) | own | (first & (share > 0))).int()
 
-        keys, diagonals = lines(at, attention)
         place = torch.arange(keys.shape[2], device=keys.device)
         sink = ((place >= start) & (place < start + self.block)).expand_as(keys)
         vertical, slash = best(keys, sink, 0, self.gamma), best(diagonals, torch.zeros_like(sink), 0, self.gamma)

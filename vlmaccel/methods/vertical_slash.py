@@ -21,6 +21,7 @@ from vlmaccel.methods.eviction import check_count, check_finite
 from vlmaccel.methods.selection import check_choice
 
 SINKS, NEAR = 30, 100  # first keys and last diagonals that are always computed (the paper's code)
+TOGETHER = 2**21  # probabilities at a time on CPUs, where new memory costs more than what is done in it
 BLOCKS = (16, 32, 64, 128)
 
 
@@ -59,7 +60,7 @@ class VerticalSlash(Method):
     def sparse_attention(self, at: AttentionCall) -> BlockLists | None:
         if not in_one_piece(at.real) or self.mass == 1:
             return None
-        keys, diagonals = lines(at, last_rows(at, self.last))
+        keys, diagonals = lines(at, self.last)
         check_finite(self, at, keys)
         start = at.real.byte().argmax(1)[:, None, None]
         place = torch.arange(keys.shape[2], device=keys.device)
@@ -81,22 +82,24 @@ def in_one_piece(real: Tensor) -> bool:
     return bool((real == (real.cumsum(1) > 0)).all()) and bool(real[:, -1].all())
 
 
-def last_rows(at: AttentionCall, count: int) -> Tensor:
-    """(B, H, R, m) float32 attention of the last R = min(count, n) rows; zeros in rows of padding."""
-    m, n = at.key.shape[2], at.query.shape[2]
+def lines(at: AttentionCall, count: int) -> tuple[Tensor, Tensor]:
+    """(B, H, m) float32 each: what the attention of the last min(count, n) rows comes to along every key and every diagonal
+    (by row minus key); rows of padding have none."""
+    (batch, heads, n, _), m = at.query.shape, at.key.shape[2]
     key = torch.arange(m, device=at.key.device)
     row = key[m - min(count, n) :, None]
     mask = (key <= row) & at.real[:, None, None]  # of which rows of padding see none
-    return attention_rows(at.query[:, :, -len(row) :], at.key, mask, at.scale)
-
-
-def lines(at: AttentionCall, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, H, m) each: what the last rows' `attention` (B, H, R, m) comes to along every key and every diagonal (by row minus
-    key)."""
-    rows, m = attention.shape[2:]
-    # reversed along the keys, row r starts R - 1 - r places before its diagonal 0: one longer row each lines them up
-    skewed = pad(attention.flip(3), (0, rows)).flatten(2)[..., : rows * (m + rows - 1)]
-    return attention.sum(2), skewed.unflatten(2, (rows, m + rows - 1)).sum(2)[..., rows - 1 :]
+    rows, groups = len(row), heads // at.key.shape[1]
+    vertical, slash = (at.query.new_empty(batch, heads, m, dtype=torch.float) for _ in range(2))
+    few = max(1, TOGETHER // (batch * rows * m)) if at.query.device.type == "cpu" else heads
+    for some in torch.arange(heads, device=key.device).split(few):
+        attention = attention_rows(at.query[:, some, -rows:], at.key[:, some // groups], mask, at.scale)
+        vertical[:, some] = attention.sum(2)
+        # With a row that is longer by one, what is on a diagonal stands in one column; what comes over from the row before
+        # is after it, and 0.
+        skewed = pad(attention.flatten(2), (rows - 1, 1)).unflatten(2, (rows, m + 1))
+        slash[:, some] = skewed.sum(2)[..., :m].flip(2)
+    return vertical, slash
 
 
 def best(score: Tensor, forced: Tensor, count: int, mass: float | None) -> Tensor:
