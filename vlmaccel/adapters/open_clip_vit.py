@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlmaccel.adapters.base import Adapter, Parts
-from vlmaccel.adapters.timm_vit import mean_key
+from vlmaccel.adapters.mean_key import mean_key
 from vlmaccel.adapters.transformers_vit import only_one
 from vlmaccel.adapters.vision import BlockParts, VisionParts
 from vlmaccel.hooks import Method

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlmaccel.adapters.base import Adapter, Parts
+from vlmaccel.adapters.mean_key import mean_key
 from vlmaccel.adapters.transformers_vit import only_one
 from vlmaccel.adapters.vision import BlockParts, VisionParts
 from vlmaccel.hooks import Method
@@ -15,11 +15,6 @@ from vlmaccel.methods import ToMe
 
 TOWERS = ("VisionTransformer", "Eva")
 BLOCKS = ("Block", "EvaBlock")
-
-
-def mean_key(keys: Tensor) -> Tensor:
-    """(B, N, head_dim) float32 mean over heads of keys (B, H, N, head_dim)."""
-    return keys.mean(1, dtype=torch.float)
 
 
 def block_parts(block: Any) -> BlockParts:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlmaccel.adapters.base import Adapter, Parts
+from vlmaccel.adapters.mean_key import mean_key
 from vlmaccel.adapters.vision import BlockParts, VisionParts
 from vlmaccel.hooks import Method
 from vlmaccel.methods import ToMe
@@ -27,9 +27,9 @@ TOWERS: dict[str, tuple[str, Callable[[Any], int]]] = {
 BLOCKS = (("attention", "layernorm_after"), ("attention", "norm2"), ("self_attn", "layer_norm2"))
 
 
-def mean_key(heads: int, keys: Tensor) -> Tensor:
-    """(B, N, head_dim) float32 mean over heads of projected keys (B, N, heads * head_dim)."""
-    return keys.unflatten(-1, (heads, -1)).mean(2, dtype=torch.float)
+def mean_projected_key(heads: int, keys: Tensor) -> Tensor:
+    """`mean_key` of projected keys (B, N, heads * head_dim)."""
+    return mean_key(keys.unflatten(-1, (heads, -1)).transpose(1, 2))
 
 
 def block_parts(block: nn.Module) -> BlockParts:
@@ -39,7 +39,7 @@ def block_parts(block: nn.Module) -> BlockParts:
         norm, mlp = getattr(block, norm_name, None), getattr(block, "mlp", None)
         if isinstance(attention, nn.Module) and norm is not None and mlp is not None and hasattr(attention, "k_proj"):
             heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
-            metric = partial(mean_key, heads)
+            metric = partial(mean_projected_key, heads)
             return BlockParts(block, attention, attention.k_proj, metric, norm, mlp, "attention_mask")
     raise NotImplementedError(f"tokens cannot be merged in {type(block).__name__}; " + AVAILABLE)
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot, scaled_dot_product_attention
 
+from vlmaccel.adapters.mean_key import mean_key
 from vlmaccel.evals.published_tome import match
 from vlmaccel.evals.timing import clock_for, measure_in_turn
 from vlmaccel.kernels.bipartite_match import bipartite_match
@@ -38,7 +39,7 @@ def merging_only(model: Any, pixels: Tensor, stats: TowerStats) -> Callable[[], 
     def run() -> None:
         whole = None
         for keys, hidden, r in work:
-            metric = keys.mean(1, dtype=torch.float)
+            metric = mean_key(keys)
             here = Reduction.merge(*bipartite_match(metric, r, stats.prefix))
             here.apply(hidden, None if whole is None else whole.size)
             whole = here if whole is None else whole.then(here)
