@@ -20,10 +20,11 @@ def mean_key(keys: Tensor) -> Tensor:
     # Bags of rows are several times as fast as a sum over a dimension: heads lie side by side in the memory of a projection.
     step = [stride // dim for stride in keys.stride()[:3]]
     sample, head, token = (
-        torch.arange(count, dtype=torch.int32) * by for count, by in zip(keys.shape, step, strict=False)
+        torch.arange(count, dtype=torch.int32).mul_(by) for count, by in zip(keys.shape, step, strict=False)
     )
     index = (sample[:, None, None] + token[:, None] + head).view(-1, heads)
-    rows = keys.as_strided((int(sample[-1] + head[-1] + token[-1]) + 1, dim), (dim, 1))
+    last = sum((count - 1) * by for count, by in zip(keys.shape, step, strict=False))
+    rows = keys.as_strided((last + 1, dim), (dim, 1))
     return embedding_bag(index, rows, mode="sum").view(batch, n, dim).float().div_(heads)
 
 

@@ -24,9 +24,10 @@ from vlmaccel.stats import TowerStats
 CALLS = 20  # of an operation in a turn: one is too short to time
 
 
-def merging_only(model: Any, pixels: Tensor, stats: TowerStats) -> Callable[[], None]:
+def merging_only(model: Any, pixels: Tensor, stats: TowerStats, operators: bool = False) -> Callable[[], None]:
     """A function that does what a patched forward does beside the model's own work: for every block, the mean of the
-    keys, the matching, the merge of the residual stream, and the bookkeeping, over tensors of the same shapes."""
+    keys, the matching, the merge of the residual stream, and the bookkeeping, over tensors of the same shapes.
+    operators: matching and merging alone."""
     attention = model.blocks[0].attn
     heads, dim, batch = attention.num_heads, attention.head_dim, pixels.shape[0]
     draw = lambda *shape: torch.randn(*shape, device=pixels.device, dtype=pixels.dtype)  # noqa: E731
@@ -34,6 +35,16 @@ def merging_only(model: Any, pixels: Tensor, stats: TowerStats) -> Callable[[], 
         (draw(batch, n, 3, heads, dim).permute(2, 0, 3, 1, 4)[1], draw(batch, n, heads * dim), n - left)
         for n, left in pairwise(stats.tokens)
     ]
+
+    metrics = [mean_key(keys) for keys, _, _ in work]
+
+    @torch.no_grad()
+    def matching_and_merging() -> None:
+        size = None
+        for metric, (_, hidden, r) in zip(metrics, work, strict=True):
+            keep, group = bipartite_match(metric, r, stats.prefix)
+            merge_tokens(hidden, group, size, keep.shape[1])
+            size = torch.ones_like(keep)  # no block but the first goes without
 
     @torch.no_grad()
     def run() -> None:
@@ -45,7 +56,7 @@ def merging_only(model: Any, pixels: Tensor, stats: TowerStats) -> Callable[[], 
             whole = here if whole is None else whole.then(here)
             whole.size.clamp(min=1).float().log()
 
-    return run
+    return matching_and_merging if operators else run
 
 
 @torch.no_grad()

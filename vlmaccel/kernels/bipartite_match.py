@@ -68,12 +68,13 @@ def match(
     first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
     best, partner = likest(metric, first_a, first_b)
     order = best.sort(dim=-1, descending=True, stable=True).indices
-    source, left = order[:, :r], order[:, r:]
+    tokens = order * 2 + first_a
+    source, left = tokens[:, :r], tokens[:, r:]
     left = left.sort().values if prefix else left
-    keep = torch.cat([index[:prefix].expand(batch, -1), left * 2 + first_a, index[first_b::2].expand(batch, -1)], 1)
+    keep = torch.cat([index[:prefix].expand(batch, -1), left, index[first_b::2].expand(batch, -1)], 1)
     group = metric.new_empty(batch, n, dtype=torch.long).scatter_(1, keep, index[: n - r].expand(batch, -1))
-    joined = partner.gather(1, source) + (prefix + left.shape[1])
-    return keep, group.scatter_(1, source * 2 + first_a, joined)
+    joined = partner.gather(1, order[:, :r]) + (prefix + left.shape[1])
+    return keep, group.scatter_(1, source, joined)
 
 
 def _likest(metric: Tensor, first_a: int, first_b: int) -> tuple[Tensor, Tensor]:

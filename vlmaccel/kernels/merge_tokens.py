@@ -42,8 +42,8 @@ def slots(group: Tensor, n: int) -> Tensor:
     batch = group.shape[0]
     if batch == 1:
         return group[0].remainder(n + 1)
-    first = n * torch.arange(batch, device=group.device)[:, None]
-    return torch.where(group < 0, batch * n, group + first).flatten()
+    first = torch.arange(batch, device=group.device).mul_(n)[:, None]
+    return (group + first).masked_fill_(group < 0, batch * n).flatten()
 
 
 def _shares(slot: Tensor, x: Tensor, size: Tensor | None, n: int) -> Tensor:
