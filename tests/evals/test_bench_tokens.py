@@ -30,8 +30,14 @@ def test_rows(shape):
     result = run_token_bench(shape, depth=3, repeats=1, progress=said.append)
     assert [row.method for row in result.rows] == [repr(method) for method in default_methods(3, 36)]
     for row in result.rows:
-        assert 0 < row.visual < 0.6 and row.bound > 1 and row.speedup.low > 0 and 0 < row.choosing.median < 1
+        assert (
+            0 < row.visual < 0.6
+            and 1 < row.bound_causal < row.bound
+            and row.speedup.low > 0
+            and 0 < row.choosing.median < 1
+        )
         assert row.efficiency.median == pytest.approx(row.speedup.median / row.bound)
+        assert row.efficiency_causal.median == pytest.approx(row.speedup.median / row.bound_causal)
     assert {row.method.split("(")[0] for row in result.rows if row.from_pixels} == {"VisionZip", "VisPruner"}
     assert result.visual_tokens == 36 and any("turn 1 of 1, Uniform" in text for text in said)
     assert json.loads(json.dumps(result.facts()))["rows"][0]["efficiency"]["median"] > 0
@@ -68,7 +74,7 @@ def test_the_vision_tower_is_in_both_or_in_neither():
 
 def test_goals_are_said():
     def said(efficiency, choosing):
-        row = Row("Uniform(ratio=0.5)", 0.5, False, 1.0, Spread(efficiency, 0, 2), Spread(choosing, 0, 1), 0.5)
+        row = Row("Uniform(ratio=0.5)", 0.5, False, 1.25, 1.0, Spread(efficiency, 0, 2), Spread(choosing, 0, 1), 0.5)
         facts = {"name": "x", "threads": 1, "load": 0, "torch": "2"}
         console = Console(width=200, record=True, file=StringIO())
         for part in render(TokenBench("prefill", "tiny", "float32", 1, 1, 9, 1, "cpu", Spread(1, 1, 1), (row,), facts)):

@@ -7,7 +7,7 @@ import torch
 
 import vlmaccel
 from tests.support import models
-from vlmaccel.methods import EVS, CDPruner, DivPrune, VisPruner
+from vlmaccel.methods import EVS, CDPruner, DivPrune, VisPruner, cdpruner
 from vlmaccel.methods.cdpruner import from_0_to_1, largest_determinant
 from vlmaccel.methods.divprune import farthest_first
 from vlmaccel.methods.evs import change
@@ -49,6 +49,24 @@ def test_cdpruner_picks_greedily_the_largest_determinant():
         worth = {i: torch.linalg.det(kernel[[*order, i]][:, [*order, i]]) for i in range(7) if i not in order}
         order.append(max(worth, key=worth.get))
     assert largest_determinant(kernel, 4, torch.ones(7)).tolist() == order
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 7, 40, 300])
+@pytest.mark.parametrize("rank", [5, 300])
+def test_cdpruner_picks_the_same_from_few_candidates(monkeypatch, candidates, rank):
+    """As one pick after the other, each with the rows of all tokens, would."""
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(90, rank, generator=generator).double() @ torch.randn(rank, 300, generator=generator).double()
+    x[40:50] = x[30:40]
+    r = torch.rand(90, generator=generator).double()
+    kernel, gain, order = r[:, None] * cosines(x).double() * r, r.square(), []
+    for _ in range(min(rank, 60)):
+        order.append(int(gain.argmax()))
+        chosen = kernel[order]
+        gain = r.square() - (chosen * torch.linalg.solve(chosen[:, order], chosen)).sum(0)
+        gain[order] = -torch.inf
+    monkeypatch.setattr(cdpruner, "CANDIDATES", candidates)
+    assert largest_determinant(kernel, 60, r).tolist()[: len(order)] == order
 
 
 def test_cdpruner_goes_on_by_relevance_where_the_rank_ends():

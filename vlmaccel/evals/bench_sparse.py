@@ -80,11 +80,11 @@ class Row:
 
     @property
     def efficiency(self) -> Spread:
-        return _over(self.speedup, self.bound)
+        return over(self.speedup, self.bound)
 
     @property
     def efficiency_causal(self) -> Spread:
-        return _over(self.speedup, self.bound_causal)
+        return over(self.speedup, self.bound_causal)
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _prefill(
         flops=flops,
         peak=peak,
         kv=kv,
-        scoring=_over(of_prefill, 1 / depth),
+        scoring=over(of_prefill, 1 / depth),
         rows=tuple(rows),
     )
 
@@ -315,7 +315,7 @@ def share(measured: Measured, way: str, phase: str, clock: Clock) -> Spread:
     )
 
 
-def _over(spread: Spread, what: float) -> Spread:
+def over(spread: Spread, what: float) -> Spread:
     return Spread(spread.median / what, spread.low / what, spread.high / what)
 
 

@@ -2,7 +2,8 @@
 them costs.
 
 The model as it is and every method take turns over the same prompt. The *bound* is the FLOPs of a prefill, counted while it
-runs, unpatched / patched, the methods' own scoring included; *efficiency* is the measured speed-up / the bound. *Choosing* is the
+runs, unpatched / patched, the methods' own scoring included, with the whole square of causal attention, as counters take it, and with
+half of it, which is what fused attention computes; *efficiency* is the measured speed-up / these bounds. *Choosing* is the
 share of the method's prefill that is spent in its hooks. A training step is forward and backward of all of the decoder's weights,
 with text that has labels; the optimizer's own work is the same for all and left out.
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 import vlmaccel
 from vlmaccel.adapters.base import find_adapter
 from vlmaccel.evals.bench import DTYPES, encode, first_logits
-from vlmaccel.evals.bench_sparse import Stopwatch, share
+from vlmaccel.evals.bench_sparse import Stopwatch, over, share
 from vlmaccel.evals.shapes import build, get_shape, prompt
 from vlmaccel.evals.timing import Spread, Timing, clock_for, machine, measure_in_turn, peak_memory
 from vlmaccel.evals.token_sweep import before, inside
@@ -46,13 +47,14 @@ Step = Callable[[PreTrainedModel, Mapping[str, Any]], object]
 @dataclass(frozen=True)
 class Row:
     """A method. visual: visual tokens at a decoder layer's input, mean over layers, of all. from_pixels: whether the vision
-    tower is in its times. bound: FLOPs, unpatched / patched. choosing: share of the method's step in its hooks. peak: bytes of the
+    tower is in its times. bound, bound_causal: FLOPs, unpatched / patched. choosing: share of the method's step in its hooks. peak: bytes of the
     step's tensors, of the unpatched peak."""
 
     method: str
     visual: float
     from_pixels: bool
     bound: float
+    bound_causal: float
     speedup: Spread
     choosing: Spread
     peak: float
@@ -65,7 +67,12 @@ class Row:
     @property
     def efficiency(self) -> Spread:
         """Measured speed-up / bound."""
-        return Spread(*(x / self.bound for x in (self.speedup.median, self.speedup.low, self.speedup.high)))
+        return over(self.speedup, self.bound)
+
+    @property
+    def efficiency_causal(self) -> Spread:
+        """Measured speed-up / bound_causal."""
+        return over(self.speedup, self.bound_causal)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class TokenBench:
         facts = asdict(self)
         for row, values in zip(self.rows, facts["rows"], strict=True):
             values["efficiency"], values["cost"] = asdict(row.efficiency), row.cost
+            values["efficiency_causal"] = asdict(row.efficiency_causal)
         return facts
 
 
@@ -162,12 +170,15 @@ def run_token_bench(
         flops_before, peak_before = whole[method.sees_patches]
         assert isinstance(stats, vlmaccel.Stats)
         base = FROM_PIXELS if method.sees_patches else PLAIN
+        half = partial(half_of_attention, model.config.get_text_config(), training=training)
+        everything = [stats.token_map.modality.shape[1]] * depth
         rows.append(
             Row(
                 method=repr(method),
                 visual=stats.mean_visual_tokens / stats.nominal_visual_tokens,
                 from_pixels=method.sees_patches,
                 bound=flops_before / flops,
+                bound_causal=(flops_before - half(everything)) / (flops - half(stats.tokens)),
                 speedup=measured.speedup(repr(method), base, clock=clock),
                 choosing=share(measured, repr(method), "choosing", clock),
                 peak=peak / peak_before,
@@ -176,6 +187,13 @@ def run_token_bench(
     seconds, facts = measured.time(PLAIN), machine(model)
     what = "training step" if training else "prefill"
     return TokenBench(what, shape, dtype, depth, vision_depth, visual, repeats, clock, seconds, tuple(rows), facts)
+
+
+def half_of_attention(config: Any, tokens: Sequence[float], training: bool) -> float:
+    """FLOPs of half of the square of attention, with `tokens` at every layer's input; in training, of forward and backward."""
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    passes = 3.5 if training else 1  # two products forward, five backward
+    return passes * 2 * config.num_attention_heads * dim * sum(n**2 for n in tokens)
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
@@ -215,7 +233,8 @@ def render(result: TokenBench) -> list[Table | str]:
         caption=(
             f"Speed-ups by {'processor' if result.clock == 'cpu' else 'wall clock'} time, turn by turn: median "
             f"(smallest..largest) of {result.repeats}; unpatched {result.seconds.median:.3g} s. tokens: visual ones at a layer's "
-            "input. bound: counted FLOPs, unpatched / patched; efficiency: speed-up / bound. choosing: of the method's step / of an unpatched one. peak: tensors of a step. "
+            "input. bound: counted FLOPs, unpatched / patched, with all pairs of causal attention / with half of them; efficiency: "
+            "speed-up of these bounds. choosing: of the method's step / of an unpatched one. peak: tensors of a step. "
             f"*: from pixels, {result.vision_depth} layers of the vision tower included. {facts['name']}, "
             f"{facts['threads']} threads, load {facts['load']}, torch {facts['torch']}"
         ),
@@ -227,12 +246,14 @@ def render(result: TokenBench) -> list[Table | str]:
         table.add_row(
             row.method.split("(")[0] + " *" * row.from_pixels,
             f"{row.visual:.0%}",
-            f"{row.bound:.2f}x",
+            f"{row.bound:.2f} / {row.bound_causal:.2f}x",
             f"[bold]{row.speedup}x[/bold]",
-            f"{row.efficiency.median:.2f}",
+            f"{row.efficiency.median:.2f} / {row.efficiency_causal.median:.2f}",
             f"{row.choosing.median:.1%} / {row.cost:.1%}",
             f"{row.peak:.0%}",
         )
-    missed = [row.method.split("(")[0] for row in result.rows if row.cost > CHEAP or row.efficiency.median < EFFICIENT]
-    goal = f"choosing at most {CHEAP:.0%} of an unpatched step, efficiency of {EFFICIENT} or more"
+    missed = [
+        row.method.split("(")[0] for row in result.rows if row.cost > CHEAP or row.efficiency_causal.median < EFFICIENT
+    ]
+    goal = f"choosing at most {CHEAP:.0%} of an unpatched step, efficiency of {EFFICIENT} or more of what is computed"
     return [table, f"{goal}: " + (f"not reached by {', '.join(missed)}" if missed else "reached by all")]

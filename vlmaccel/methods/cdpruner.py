@@ -18,6 +18,7 @@ from vlmaccel.methods.greedy import Greedy, cosines
 from vlmaccel.methods.selection import check_choice
 from vlmaccel.run import Modality
 
+CANDIDATES = 256  # among which it is picked before the rows of all tokens are worked out again
 Relevance = Literal["like", "unlike", "none"]
 
 
@@ -75,19 +76,35 @@ def largest_determinant(kernel: Tensor, kept: int, then: Tensor) -> Tensor:
 
     then: (m,), by what the rest is picked, the highest first, when all that is left depends on what is picked.
     """
+    candidates = CANDIDATES if kernel.device.type == "cpu" else len(kernel)  # with all of them, a GPU is not waited for
     gain = kernel.diagonal().clone()
     rank_floor = 1e-6 * gain.max()
     rows = kernel.new_zeros(kept, len(kernel))
     picked: list[Tensor] = []
     gains: list[Tensor] = []
-    for number in range(kept):  # indices stay on the device: a GPU is not waited for
-        best = gain.argmax(0, keepdim=True)
-        picked.append(best)
-        gains.append(gain.index_select(0, best))
-        before = rows[:number]
-        row = kernel.index_select(0, best) - before.index_select(1, best).mT @ before
-        rows[number] = row[0] / gains[-1].sqrt()
-        gain = (gain - rows[number] ** 2).index_fill(0, best, -torch.inf)
+    while len(picked) < kept:
+        # Gains only fall. So long as one of the first few has more than any other had, it is the best of all, and the others'
+        # rows wait, to be worked out in one product.
+        few = gain.argsort(descending=True, stable=True)[:candidates].sort().values
+        elsewhere = gain.index_fill(0, few, -torch.inf).max()
+        near, mine, first = rows.index_select(1, few), gain[few], len(picked)
+        among = kernel.index_select(0, few).index_select(1, few)
+        while (number := len(picked)) < kept:
+            best = mine.argmax(0, keepdim=True)
+            if number > first and len(few) < len(kernel) and not bool(mine[best] > elsewhere):
+                break
+            picked.append(few[best])
+            gains.append(mine[best])
+            row = among.index_select(0, best)[0] - near[:number].index_select(1, best)[:, 0] @ near[:number]
+            near[number] = row / gains[-1].sqrt()
+            mine = (mine - near[number] ** 2).index_fill_(0, best, -torch.inf)
+        if number == kept or not bool(torch.cat(gains[first:]).min() > rank_floor):
+            break
+        new = torch.cat(picked[first:])
+        own = near[first:number].index_select(1, torch.searchsorted(few, new)).mT.tril()
+        open_rows = kernel.index_select(0, new) - rows[:first].index_select(1, new).mT @ rows[:first]
+        rows[first:number] = torch.linalg.solve_triangular(own, open_rows, upper=False)
+        gain = (gain - rows[first:number].square().sum(0)).index_fill_(0, new, -torch.inf)
     independent = (torch.cat(gains) > rank_floor).cumprod(0).sum()
     order = torch.cat(picked)[:independent]
     rest = then.clone().index_fill(0, order, -torch.inf).argsort(descending=True, stable=True)
