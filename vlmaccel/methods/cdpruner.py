@@ -52,7 +52,7 @@ class CDPruner(Greedy):
             text = at.hidden[sample, question(at, sample, index)]
             likeness = (normalize(x.float(), dim=-1) @ normalize(text.float(), dim=-1).mT).mean(1)
             r = from_0_to_1(likeness if self.relevance == "like" else -likeness)
-        return largest_determinant(r[:, None] * cosines(x) * r, kept, r)
+        return largest_determinant(cosines(x).mul_(r).mul_(r[:, None]), kept, r)
 
 
 def question(at: DecoderLayer, sample: int, index: Tensor) -> Tensor:

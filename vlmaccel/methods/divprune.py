@@ -33,7 +33,7 @@ class DivPrune(Greedy):
         return at_least_one((n.double() * ratio).round().long(), ratio)
 
     def pick(self, at: DecoderLayer, sample: int, index: Tensor, kept: int) -> Tensor:
-        return farthest_first(1 - cosines(at.hidden[sample, index]), kept)
+        return farthest_first(cosines(at.hidden[sample, index]).neg_().add_(1), kept)
 
 
 def farthest_first(distance: Tensor, kept: int) -> Tensor:
