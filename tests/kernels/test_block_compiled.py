@@ -15,7 +15,7 @@ from vlmaccel.kernels.block_prefill import block_prefill, lists_all
 @pytest.fixture
 def always_compiled(monkeypatch):
     monkeypatch.setattr(block_compiled, "WORTH", 0)
-    monkeypatch.setattr(block_compiled, "_failed", [])
+    monkeypatch.setattr(block_compiled, "_failed", {})
     yield
     assert not block_compiled._failed
 
@@ -55,13 +55,22 @@ def test_without_a_compiler_it_warns_once_and_goes_on(monkeypatch):
         raise RuntimeError("no compiler\nand much else")
 
     monkeypatch.setattr(block_compiled, "WORTH", 0)
-    monkeypatch.setattr(block_compiled, "_failed", [])
+    monkeypatch.setattr(block_compiled, "_failed", {})
     monkeypatch.setattr(block_compiled, "_program", lambda: fails)
     case = draw(lines=(0, 2))
     with pytest.warns(RuntimeWarning, match=r"C\+\+ compiler .*: no compiler$"):
         got = block_prefill(*case, SCALE)
     assert_close(got, golden(*case, SCALE))
     assert torch.equal(block_prefill(*case, SCALE), got)
+
+
+def test_where_compiling_is_switched_off_it_is_not_used(monkeypatch):
+    monkeypatch.setattr(block_compiled, "WORTH", 0)
+    monkeypatch.setattr(block_compiled, "_failed", {})
+    case = draw(rows=100, lines=(0, 2))
+    with torch.compiler.set_stance("force_eager"), pytest.warns(RuntimeWarning, match="switched off"):
+        got = block_prefill(*case, SCALE)
+    assert_close(got, golden(*case, SCALE))
 
 
 def test_patching_a_model_does_not_compile_it_again(always_compiled):

@@ -14,19 +14,18 @@ from torch.nn.functional import pad
 
 from vlmaccel.kernels.block_gather import gathered_prefill
 
-WORTH = (
-    2 * 10**10
-)  # FLOPs of dense attention, for each thread, from which on a prompt through tens of layers pays for compiling
+# FLOPs of dense attention, for each thread, from which on a prompt through tens of layers pays for compiling
+WORTH = 2 * 10**10
 PAYS_BELOW = 0.35  # share of all pairs at which it takes as long as dense attention
-_failed: list[str] = []
+_failed: dict[torch.dtype, str] = {}
 
 
 def worth_compiling(query: Tensor, key: Tensor) -> bool:
     """Whether this attention is so much work that compiling, 5 to 15 seconds a machine for each dtype and size of heads, and
-    2 of every process then, is soon made up for; False where compiling failed before."""
+    2 of every process then, is soon made up for; False where compiling failed for this dtype before."""
     heads, n, dim = query.shape[1:]
     pairs = n * key.shape[2] - n * (n - 1) // 2
-    return not _failed and 4 * query.shape[0] * heads * dim * pairs >= WORTH * torch.get_num_threads()
+    return query.dtype not in _failed and 4 * query.shape[0] * heads * dim * pairs >= WORTH * torch.get_num_threads()
 
 
 def compiled_prefill(
@@ -41,10 +40,10 @@ def compiled_prefill(
         with fx_config.patch(use_duck_shape=False):  # or it would compile anew where rows are not as many as keys
             out = _program()(*lines, *whole, *part, begin, torch.tensor(m - n), block, scale)
     except Exception as error:  # the compiler's errors have no common class
-        _failed.append(str(error))
+        reason = _failed[query.dtype] = (str(error) or type(error).__name__).splitlines()[0]
         warnings.warn(
             "block-sparse attention is slower on this CPU than it could be, because torch.compile failed; it needs a C++ "
-            f"compiler (g++ or clang++, or what the environment variable CXX names): {str(error).splitlines()[0]}",
+            f"compiler (g++ or clang++, or what the environment variable CXX names): {reason}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -79,6 +78,9 @@ def _attend(
     block: int,
     scale: float,
 ) -> Tensor:
+    if not torch.compiler.is_compiling():  # it would see all pairs
+        raise RuntimeError("torch.compile is switched off")
+
     def seen(sample: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row + shift) & (column >= start[sample])
 

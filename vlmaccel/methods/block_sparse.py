@@ -25,7 +25,7 @@ class BlockSparse(Method):
     and mean key, its own among them.
 
     For inference, in models with attn_implementation="sdpa"; a layer with a sliding window shorter than the prompt computes
-    everything. Padding moves blocks as in `VerticalSlash`.
+    everything. Padding moves blocks, and heads on CPUs may compute everything, as in `VerticalSlash`.
     blocks: key blocks of each block of rows, default 100 (the paper's code). mass: in place of it, the fewest that hold this
         share of the softmax over these products. block: rows, and keys, of a block: 64 (default, the paper's) or 128.
     """

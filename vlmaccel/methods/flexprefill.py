@@ -28,7 +28,7 @@ class FlexPrefill(Method):
     blocks with most attention by means; any other head computes vertical and slash lines (see `VerticalSlash`).
 
     For inference, in models with attn_implementation="sdpa"; a layer with a sliding window shorter than the prompt computes
-    everything. Padding moves blocks as in `VerticalSlash`.
+    everything. Padding moves blocks, and heads on CPUs may compute everything, as in `VerticalSlash`.
     gamma: the fewest blocks, keys and diagonals that hold this share of the attention; default 0.9. tau: the largest
         Jensen-Shannon distance (square root of the divergence, in nats) between the two for the first kind, default 0.1 (both
         section 4.1). block: rows, and keys, of a block: 128 (default, the paper's) or 64. The first and the own block of every

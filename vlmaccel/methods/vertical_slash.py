@@ -33,7 +33,8 @@ class VerticalSlash(Method):
     Diagonals are computed in blocks. Every head gets the pattern; the paper looks for the best of three for each head of a
     model beforehand. For inference, in models with attn_implementation="sdpa"; a layer with a sliding window shorter than
     the prompt computes everything. It pays for long prompts: lists cost time, too. Blocks are counted from the first column
-    of a batch, so that padding by other than whole blocks changes a little what is computed.
+    of a batch, so that padding by other than whole blocks changes a little what is computed. On CPUs, from 1,024 keys on, a
+    head whose lists would take longer than all of its attention computes all of it; `vlmaccel.stats` counts what was computed.
     vertical: default 1000; slash: default 6096 (both from the paper's code). last: rows that are looked at, default 64
         (section 3.2). mass: in place of the two numbers, the fewest keys, and the fewest diagonals, that hold this share of
         the attention in these rows. block: rows, and keys, of a block: 64 (default, the paper's) or 128.
