@@ -312,7 +312,7 @@ def _listed(draw: Draw, model: str, tokens: int, blocks: Tensor, columns: Tensor
     query, key, value = draw.qkv(model, 1, tokens)
     heads, kv_heads, dim = HEADS[model]
     scale, start = dim**-0.5, torch.zeros(1, dtype=torch.long, device=draw.device)
-    share = computed_share(blocks, columns, start, tokens, tokens, block).item()
+    share = computed_share(blocks, columns, start, tokens, tokens, block).mean().item()
 
     def masked() -> Tensor:
         mask = dense_mask(blocks, columns, start, tokens, tokens, block)
