@@ -152,7 +152,7 @@ def test_what_would_be_slower_than_all_is_all(monkeypatch):
     *parts, blocks, columns, start, block = draw((4, 2), 200, lines=(20, 4), padded=True)
     share = computed_share(blocks, columns, start, 200, 200, block)
     limit = share.median().item()
-    monkeypatch.setattr(module, "pays_below", lambda dtype: limit)
+    monkeypatch.setattr(block_gather, "pays_below", lambda dtype: limit)
     lists = where_it_pays(*parts[:2], blocks, columns, start, block)
     assert all(torch.equal(x, y) for x, y in zip(lists, (blocks, columns), strict=True))  # short
     monkeypatch.setattr(module, "SHORT", 200)

@@ -19,6 +19,7 @@ from tests.support.evictions import alone, kept_of, starts_of
 from tests.support.models import DEPTH, build, inputs
 from tests.support.reference import Reference
 from tests.support.sparse import Seen, attended_of, call, long_inputs, recorded, reference_of, share_of
+from vlmaccel.kernels import block_gather, block_prefill
 from vlmaccel.methods import BlockSparse, FlexPrefill, PyramidDrop, SnapKV, VerticalSlash, vertical_slash
 
 VLM = "llava-clip-llama"
@@ -300,6 +301,20 @@ def test_the_whole_mass_is_the_model_bit_by_bit(method: Any, pad: bool) -> None:
     real = batch["attention_mask"].bool()
     assert torch.equal(got[0][real], plain[0][real]) and torch.equal(got[1], plain[1])
     assert all(map(torch.equal, decode(model, batch, later), plain))
+
+
+@pytest.mark.parametrize("pays", [0.0, 1.0])
+@pytest.mark.parametrize("name", METHODS)
+def test_heads_that_would_be_slower_than_dense_compute_everything(name: str, pays: float, monkeypatch: Any) -> None:
+    monkeypatch.setattr(block_prefill, "SHORT", 1)
+    monkeypatch.setattr(block_gather, "pays_below", lambda dtype: pays)
+    model, batch = build("llama"), prompts("llama")
+    real, whole = batch["attention_mask"].bool(), model(**batch).logits
+    with vlmaccel.patched(model, METHODS[name]):
+        sparse = model(**batch).logits
+        attended = vlmaccel.stats(model).attended
+    assert (min(attended) == 1) == (pays == 0)
+    assert ((sparse - whole)[real].abs().max() < TOLERANCE) == (pays == 0)
 
 
 @pytest.mark.parametrize(("name", "kind"), turns(list(METHODS), ("llama", "qwen3", "qwen2")))

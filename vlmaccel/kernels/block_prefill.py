@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmaccel.kernels.block_compiled import PAYS_BELOW, compiled_prefill, worth_compiling
-from vlmaccel.kernels.block_gather import gathered_prefill, pays_below
+from vlmaccel.kernels import block_compiled, block_gather
+from vlmaccel.kernels.block_compiled import compiled_prefill, worth_compiling
+from vlmaccel.kernels.block_gather import gathered_prefill
 from vlmaccel.kernels.block_index import computed_share, dense_mask, with_all
 from vlmaccel.kernels.dispatch import gpu_form
 from vlmaccel.kernels.key_bias_attention import key_bias_attention
@@ -102,7 +103,8 @@ def where_it_pays(
     """The lists, and everything for those heads whose lists hold so much that dense attention is faster on this processor."""
     if query.device.type != "cpu" or key.shape[2] < SHORT:
         return blocks, columns
-    limit = torch.where(_compiled(query, key, columns), PAYS_BELOW, pays_below(query.dtype))
+    limits = (form.pays_below(query.dtype) for form in (block_compiled, block_gather))
+    limit = torch.where(_compiled(query, key, columns), *limits)
     dense = computed_share(blocks, columns, start, query.shape[2], key.shape[2], block) > limit
     return with_all(dense, blocks, columns, key.shape[2], block) if bool(dense.any()) else (blocks, columns)
 
