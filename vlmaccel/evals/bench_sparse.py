@@ -385,4 +385,6 @@ def short_name(method: str) -> str:
     name, _, options = method.rstrip(")").partition("(")
     shown = ("tau", "vertical", "slash", "blocks", "mass", "gamma")
     parts = [part for part in options.split(", ") if part.split("=")[0] in shown and not part.endswith("=None")]
+    if any(part.startswith("mass=") for part in parts):  # in place of numbers
+        parts = [part for part in parts if part.split("=")[0] not in ("vertical", "slash", "blocks")]
     return " ".join([name, *parts])
