@@ -24,7 +24,7 @@ from vlmaccel.flops import count_flops
 from vlmaccel.methods import Uniform, VisionZip
 
 
-@pytest.mark.parametrize("shape", ["tiny-qwen2-vl", "tiny-llava"])
+@pytest.mark.parametrize("shape", ["tiny-qwen2-vl", pytest.param("tiny-llava", marks=pytest.mark.slow)])
 def test_rows(shape):
     said = []
     result = run_token_bench(shape, depth=3, repeats=1, progress=said.append)

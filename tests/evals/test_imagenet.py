@@ -402,7 +402,7 @@ def without_timing(path):
     return report["pictures"], report["settings"], ways
 
 
-@pytest.mark.parametrize("finished", [0, 6])
+@pytest.mark.parametrize("finished", [0, pytest.param(6, marks=pytest.mark.slow)])
 def test_two_processes_give_the_same_as_one(checkpoint, folder, tmp_path, finished):
     """17 pictures in batches of 2 are 9 batches: neither divides by two."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -420,6 +420,7 @@ def test_two_processes_give_the_same_as_one(checkpoint, folder, tmp_path, finish
     assert without_timing(two / "result.json") == without_timing(one / "result.json")
 
 
+@pytest.mark.slow
 def test_an_error_ends_all_processes(checkpoint, folder, tmp_path):
     out = tmp_path / "out"
     args = ["--model", checkpoint, "--data", folder, "--batch-size", "2", "--out", str(out), "--limit", "2"]
