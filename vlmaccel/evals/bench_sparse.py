@@ -301,7 +301,7 @@ def scoring(model: PreTrainedModel, tokens: int, batch: int) -> Callable[[], obj
     return run
 
 
-def attention_flops(config: Any, tokens: int, batch: int) -> int:
+def attention_flops(config: Any, tokens: float, batch: int) -> float:
     """Of the attention of a whole prefill, as `count_flops` counts it: every pair, a multiply-add is two."""
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 4 * batch * config.num_hidden_layers * config.num_attention_heads * dim * tokens**2

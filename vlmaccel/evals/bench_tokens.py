@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 import vlmaccel
 from vlmaccel.adapters.base import find_adapter
 from vlmaccel.evals.bench import DTYPES, encode, first_logits
-from vlmaccel.evals.bench_sparse import Stopwatch, over, share
+from vlmaccel.evals.bench_sparse import Stopwatch, attention_flops, over, share
 from vlmaccel.evals.shapes import build, get_shape, prompt
 from vlmaccel.evals.timing import Spread, Timing, clock_for, machine, measure_in_turn, peak_memory
 from vlmaccel.evals.token_sweep import before, inside
@@ -191,9 +191,8 @@ def run_token_bench(
 
 def half_of_attention(config: Any, tokens: Sequence[float], training: bool) -> float:
     """FLOPs of half of the square of attention, with `tokens` at every layer's input; in training, of forward and backward."""
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     passes = 3.5 if training else 1  # two products forward, five backward
-    return passes * 2 * config.num_attention_heads * dim * sum(n**2 for n in tokens)
+    return passes / 2 * sum(attention_flops(config, n, 1) for n in tokens) / config.num_hidden_layers
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
