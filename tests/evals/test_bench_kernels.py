@@ -23,6 +23,7 @@ from vlmaccel.evals.kernel_cases import (
     cpu_cases,
     decode_case,
     dequantize_case,
+    farthest_case,
     flex_mask,
     gpu_cases,
     lines_case,
@@ -39,6 +40,7 @@ from vlmaccel.kernels import dispatch
 SMALL = (
     match_case(2, 33),
     merge_case(2, 33, 8),
+    farthest_case(40, 0.5),
     bias_case("vit-l", 2, 20),
     bias_case("qwen2-vl-2b", 2, 20, causal=True),
     score_case("llava-next-7b", 40, 8),

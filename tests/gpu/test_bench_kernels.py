@@ -8,6 +8,7 @@ from vlmaccel.evals.kernel_cases import (
     bias_case,
     decode_case,
     dequantize_case,
+    farthest_case,
     lines_case,
     match_case,
     merge_case,
@@ -19,6 +20,7 @@ from vlmaccel.evals.kernel_cases import (
 CASES = (
     match_case(2, 197),
     merge_case(2, 197, 768),
+    farthest_case(576, 0.25),
     bias_case("vit-l", 2, 197),
     score_case("qwen2-vl-2b", 500, 64),
     token_case("qwen2-vl-2b", 500, 0.5),

@@ -7,9 +7,9 @@ import torch
 
 import vlmaccel
 from tests.support import models
+from vlmaccel.kernels.farthest_first import farthest_first
 from vlmaccel.methods import EVS, CDPruner, DivPrune, VisPruner, cdpruner
 from vlmaccel.methods.cdpruner import from_0_to_1, largest_determinant
-from vlmaccel.methods.divprune import farthest_first
 from vlmaccel.methods.evs import change
 from vlmaccel.methods.greedy import cosines
 from vlmaccel.run import Modality

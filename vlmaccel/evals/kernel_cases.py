@@ -15,6 +15,7 @@ from vlmaccel.evals.published_tome import match
 from vlmaccel.kernels.bipartite_match import bipartite_match
 from vlmaccel.kernels.block_index import computed_share, dense_mask, vertical_slash_index
 from vlmaccel.kernels.block_prefill import block_prefill
+from vlmaccel.kernels.farthest_first import farthest_first
 from vlmaccel.kernels.key_bias_attention import key_bias_attention
 from vlmaccel.kernels.merge_tokens import merge_tokens
 from vlmaccel.kernels.mixed_decode import mixed_decode
@@ -25,6 +26,7 @@ from vlmaccel.kernels.token_prefill import token_prefill
 OPERATORS: dict[str, Callable[..., Any]] = {
     "bipartite_match": bipartite_match,
     "merge_tokens": merge_tokens,
+    "farthest_first": farthest_first,
     "key_bias_attention": key_bias_attention,
     "score_rows": score_rows,
     "token_prefill": token_prefill,
@@ -183,6 +185,31 @@ def merge_case(batch: int, tokens: int, width: int = 1024) -> Case:
         return Work((x, group, size, n), ways)
 
     return Case("merge_tokens", f"{batch} x {tokens} tokens, {width} wide", make)
+
+
+def farthest_case(tokens: int, kept: float) -> Case:
+    """DivPrune's choice among the tokens of a picture; distances are in float32 whatever the tokens are in."""
+
+    def make(draw: Draw) -> Work:
+        unit = torch.nn.functional.normalize(draw.normal(tokens, 256, dtype=torch.float), dim=-1)
+        distance, count = 1 - unit @ unit.mT, round(kept * tokens)
+        own = torch.eye(tokens, dtype=torch.bool, device=draw.device)
+
+        def step_by_step() -> Tensor:
+            picked = torch.empty(count, dtype=torch.long, device=draw.device)
+            open_ = torch.ones(tokens, dtype=torch.bool, device=draw.device)
+            picked[0] = distance.masked_fill(own, torch.inf).amin(0).argmax()
+            left = torch.full((tokens,), torch.inf, device=draw.device)
+            for number in range(1, count):
+                before = picked[number - 1 : number]
+                open_.index_fill_(0, before, False)
+                left = left.minimum(distance[before].view(-1))
+                picked[number] = left.where(open_, -torch.inf).argmax()
+            return picked
+
+        return Work((distance, count), {"step by step": step_by_step})
+
+    return Case("farthest_first", f"{tokens:,} points, {kept:.0%} kept", make)
 
 
 def bias_case(model: str, batch: int, tokens: int, causal: bool = False) -> Case:
@@ -511,6 +538,8 @@ def gpu_cases() -> Iterator[Case]:
     for batch, tokens in ((8, 577), (32, 577), (8, 1025), (32, 1025)):
         yield match_case(batch, tokens)
         yield merge_case(batch, tokens)
+    for tokens, kept in ((576, 0.5), (2880, 0.5), (4096, 0.25), (4096, 0.5)):
+        yield farthest_case(tokens, kept)
     for batch, tokens in ((8, 577), (32, 577), (8, 1025)):
         yield bias_case("vit-l", batch, tokens)
     yield bias_case("llava-next-7b", 1, 2992, causal=True)
@@ -551,6 +580,8 @@ def cpu_cases() -> Iterator[Case]:
     for batch in (1, 8):
         yield match_case(batch, 577)
         yield merge_case(batch, 577)
+    yield farthest_case(576, 0.5)
+    yield farthest_case(2880, 0.5)
     yield bias_case("vit-l", 1, 577)
     yield bias_case("vit-l", 8, 577)
     yield bias_case("llava-next-7b", 1, 2992, causal=True)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vlmaccel.hooks import DecoderLayer
+from vlmaccel.kernels.farthest_first import farthest_first
 from vlmaccel.methods.greedy import Greedy, cosines
 from vlmaccel.methods.selection import at_least_one
 
@@ -34,15 +34,3 @@ class DivPrune(Greedy):
 
     def pick(self, at: DecoderLayer, sample: int, index: Tensor, kept: int) -> Tensor:
         return farthest_first(cosines(at.hidden[sample, index]).neg_().add_(1), kept)
-
-
-def farthest_first(distance: Tensor, kept: int) -> Tensor:
-    """(kept,) int64, farthest-point order of m points from their distances (m, m); ties go to the lowest index."""
-    nearest = distance.clone().fill_diagonal_(torch.inf).amin(0)
-    picked = [nearest.argmax(0, keepdim=True)]
-    left = distance.index_select(0, picked[0])[0]
-    for _ in range(kept - 1):  # indices stay on the device: a GPU is not waited for
-        left.index_fill_(0, picked[-1], -torch.inf)
-        picked.append(left.argmax(0, keepdim=True))
-        left = torch.minimum(left, distance.index_select(0, picked[-1])[0])
-    return torch.cat(picked)
