@@ -13,7 +13,9 @@ import vlmaccel
 from tests.support import models, tiled
 from tests.support.memory import Largest
 from tests.support.towers import Probe, expected, probed
+from vlmaccel.adapters import patches as module
 from vlmaccel.adapters.patches import find_rows, received
+from vlmaccel.kernels.score_rows import score_rows
 from vlmaccel.methods import SparseVLM, SparseVLMPlus, ToMe, VisionZip, VisPruner
 
 KINDS = ("llava-clip-llama", "llava-siglip-llama", "llava-next", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
@@ -33,6 +35,15 @@ def test_attention_is_that_of_the_tower(kind, attn):
     assert wanted[~wanted.isnan()].std() > 0.01
     close(probed(model, batch).attention_of_tokens(), wanted)
     close(probed(model, batch, use_cache=True).attention_of_tokens(), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_not_normalised_again(kind, monkeypatch):
+    """The tower's own fused attention has told their log-sum-exp."""
+    known = []
+    monkeypatch.setattr(module, "score_rows", lambda *args: known.append(args[8]) or score_rows(*args))
+    probed(models.build(kind), models.inputs(kind, 3, pad=True))
+    assert known and all(lse is not None for lse in known)
 
 
 @pytest.mark.parametrize("kind", ["llava-clip-llama", "llava-next", "qwen2.5-vl"])
@@ -72,18 +83,19 @@ def test_a_video_has_its_frames_patches():
 
 
 @pytest.mark.parametrize("kind", ["llava-clip-llama", "llava-siglip-llama"])
+@pytest.mark.parametrize("weighed", [True, False])
 @torch.no_grad()
-def test_patches_that_a_tower_merged_share_what_their_token_gets(kind):
+def test_patches_that_a_tower_merged_share_what_their_token_gets(kind, weighed):
     model, batch = models.build(kind), models.inputs(kind, 3)
-    probe = Probe()
-    with vlmaccel.patched(model, [ToMe(r=[2]), probe]):
+    probe, tome = Probe(), ToMe(r=[2], prop_attn=weighed)
+    with vlmaccel.patched(model, [tome, probe]):
         model(**batch)
         stages = vlmaccel.stats(model).tower.stages
     ((patches, image),) = probe.seen
     got = patches.attention[patches.row[image >= 0]]
     # the same tower, by hand: the second block sees merged tokens, with log(size) on the keys
     tower, merge = model.model.vision_tower, stages[0]
-    with vlmaccel.patched(tower, ToMe(r=[2])):
+    with vlmaccel.patched(tower, tome):
         caught = {}
         block = tower.encoder.layers[1]
         handle = block.self_attn.register_forward_pre_hook(lambda m, a, k: caught.update(k), with_kwargs=True)
@@ -91,7 +103,8 @@ def test_patches_that_a_tower_merged_share_what_their_token_gets(kind):
         handle.remove()
     attention, x = block.self_attn, caught["hidden_states"]
     q, k = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (attention.q_proj, attention.k_proj))
-    weights = (q @ k.mT * attention.head_dim**-0.5 + merge.size.log()[:, None, None]).softmax(-1).mean(1)
+    bias = merge.size.log()[:, None, None] * weighed
+    weights = (q @ k.mT * attention.head_dim**-0.5 + bias).softmax(-1).mean(1)
     rows = weights[:, :1] if "clip" in kind else weights.gather(1, merge.group[..., None].expand(-1, -1, k.shape[2]))
     share = (rows.sum(1) / merge.size).gather(1, merge.group)
     assert torch.allclose(got, (share[:, 1:] if "clip" in kind else share).flatten(), atol=1e-5)

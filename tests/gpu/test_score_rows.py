@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from tests.support.close import assert_close
+from vlmaccel.kernels.attention_lse import attention_lse
 from vlmaccel.kernels.score_rows import REDUCTIONS, reference, score_rows
 
 
@@ -22,12 +24,12 @@ def draw(heads, rows, keys, dim, dtype, groups=1, batch=2):
 
 
 def golden(query, key, *rest):
-    """In float64, a pair of KV heads at a time."""
+    """In float64, a KV head at a time."""
     row, index, bias, *others = rest
     share, kv_heads = query.shape[1] // key.shape[1], key.shape[1]
     found = []
     for h in range(kv_heads):
-        place, weight = (x if x.shape[1] == 1 else x[:, h : h + 1] for x in (index, bias))
+        place, weight = (x if x is None or x.shape[1] == 1 else x[:, h : h + 1] for x in (index, bias))
         found.append(reference(query[:, h * share : (h + 1) * share], key[:, h : h + 1], row, place, weight, *others))
     return torch.cat(found, 1)
 
@@ -45,6 +47,18 @@ def test_few_rows(dtype, reduce):
 def test_all_rows(dtype, window, reduce):
     args = (*draw((12, 2), 2500, 2500, 128, dtype, groups=2), 128**-0.5, window, reduce)
     assert_close(score_rows(*args), golden(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_fused_attention_knows_of_its_rows(dtype, causal):
+    query, key, row, index, _ = draw((12, 2), 2500, 2500, 128, dtype)
+    row[:] = torch.arange(2500, device="cuda") if causal else 2499
+    out, lse = attention_lse(query, key, key, is_causal=causal, enable_gqa=True)
+    assert torch.equal(out, scaled_dot_product_attention(query, key, key, is_causal=causal, enable_gqa=True))
+    assert lse is not None
+    args = (query, key, row, index, None, 128**-0.5, 0, "sum")
+    assert_close(score_rows(*args, lse), golden(*args))
 
 
 @pytest.mark.parametrize("dim", [64, 72, 80, 96, 256])

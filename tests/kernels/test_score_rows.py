@@ -62,6 +62,52 @@ def test_agrees_with_the_formula(batch, heads, rows, keys, dim, each, biased, wi
         assert (got - want).abs().max() <= TOLERANCE[dtype] * max(1, want.abs().max())
 
 
+def normaliser(query, key, row, index, bias, scale, window):
+    """(B, H, Q) log-sum-exp of the logits that each row sees, in float64; -inf where it sees nothing."""
+    kv_heads = key.shape[1]
+
+    def each(x):
+        return x.expand(-1, kv_heads, -1).repeat_interleave(query.shape[1] // kv_heads, 1)[:, :, None]
+
+    place = row[:, None, :, None]
+    seen = (each(index) <= place) & ((each(index) > place - window) | (window <= 0))
+    logits = query.double() @ key.double().repeat_interleave(query.shape[1] // kv_heads, 1).mT * scale
+    if bias is not None:
+        seen, logits = seen & (each(bias) > -torch.inf), logits + each(bias).double()
+    return logits.masked_fill(~seen, -torch.inf).logsumexp(-1)
+
+
+@given(
+    st.integers(1, 3),
+    st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    st.integers(0, 12),
+    st.integers(1, 14),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0, 1, 3]),
+    st.sampled_from(list(TOLERANCE)),
+    st.sampled_from(REDUCTIONS),
+    st.integers(0, 999),
+)
+def test_a_known_normaliser_changes_nothing(batch, heads, rows, keys, each, biased, window, dtype, reduce, seed):
+    args = draw(heads, rows, keys, 16, batch, heads[1] if each else 1, biased, dtype, seed)
+    lse = normaliser(*args, SCALE, window).float()
+    got, want = score_rows(*args, SCALE, window, reduce, lse), reference(*args, SCALE, window, reduce)
+    assert torch.isfinite(got).all()
+    if got.numel():
+        assert (got - want).abs().max() <= TOLERANCE[dtype] * max(1, want.abs().max())
+
+
+def test_logits_in_bfloat16_are_rounded_less_when_the_normaliser_is_known():
+    n = 400
+    query, key, _, _, _ = draw(rows=n, keys=n, dim=64, dtype=torch.bfloat16)
+    place = torch.arange(n).expand(2, -1)
+    args = (query * 4, key, place, place[:, None], None, 0.125, 0)
+    want = reference(*args, "sum")
+    error = [(score_rows(*args, "sum", lse) - want).abs().max() for lse in (None, normaliser(*args).float())]
+    assert error[1] < 0.5 * error[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("window", [0, 50])
@@ -128,6 +174,9 @@ def test_what_is_hidden_may_be_nan(dtype, reduce):
     got = score_rows(query, key, row, index, bias, SCALE, 0, reduce)
     assert torch.equal(got, want)
     assert got[0].any() and not got[1].any()
+    lse = normaliser(query.nan_to_num(), key.nan_to_num(), row, index, bias, SCALE, 0).float()
+    got = score_rows(query, key, row, index, bias, SCALE, 0, reduce, lse.masked_fill(row[:, None] < 0, torch.nan))
+    assert (got - want).abs().max() <= TOLERANCE[dtype] * max(1, want.abs().max())
 
 
 class Largest(TorchDispatchMode):
@@ -156,6 +205,7 @@ def test_rows_are_never_held_whole():
 def test_is_an_operator(reduce, biased):
     args = (*draw(biased=biased), SCALE, 3, reduce)
     torch.library.opcheck(score_rows, args)
+    torch.library.opcheck(score_rows, (*args, normaliser(*args[:-1]).float()))
     compiled = torch.compile(lambda *args: score_rows(*args, SCALE, 3, reduce), fullgraph=True, backend="eager")
     assert torch.equal(compiled(*args[:5]), score_rows(*args))
 

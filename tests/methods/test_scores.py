@@ -7,6 +7,7 @@ import vlmaccel
 from tests.support.drops import policy
 from tests.support.models import build, inputs
 from tests.support.reference import Reference
+from vlmaccel.flops import count_flops
 from vlmaccel.methods import AttentionSum, FastV, Magnitude, NeighbourCosine, Pool, PyramidDrop, Random, Uniform
 from vlmaccel.methods.baselines import SPREAD
 from vlmaccel.methods.pool import coarse_grid
@@ -86,6 +87,29 @@ def test_attention_sum_is_the_mean_over_rows_that_can_see(kind, batch):
         total = sum(reference.attention(trace, k).sum(0) for k in (0, 1)) / torch.arange(n, 0, -1)
         counts = [max(1, len(s) // 2) for s in segments]
         assert kept_of(stats, b, batch["attention_mask"])[2] == best(total, range(n), segments, counts)
+
+
+@pytest.mark.parametrize("kind", ["llava-clip-llama", "qwen2-vl", "qwen3"])
+@torch.no_grad()
+def test_attention_sum_costs_no_more_than_one_product_of_queries_and_keys(kind):
+    """What the layer's attention has worked out, projections and the rows' log-sum-exp, is not worked out again."""
+    model, batch = build(kind), inputs(kind, 1)
+    plain = count_flops(lambda: model(**batch))
+    with vlmaccel.patched(model, AttentionSum(layer=5, ratio=0.5)):
+        model(**batch)
+        stats, flops = vlmaccel.stats(model), count_flops(lambda: model(**batch))
+    config = model.config.get_text_config()
+    n, after = stats.tokens[0], stats.tokens[5]
+    heads, dim = (
+        config.num_attention_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
+    # the sixth layer's own saving: projections, MLP and attention of the rows that are gone
+    with vlmaccel.patched(model, Uniform(layer=5, ratio=0.5)):
+        model(**batch)
+        assert vlmaccel.stats(model).tokens[5] == after
+        fewer = plain - count_flops(lambda: model(**batch))
+    assert flops == plain - fewer + 5 * 2 * heads * dim * n * n
 
 
 @kinds

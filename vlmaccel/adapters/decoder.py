@@ -21,6 +21,7 @@ from vlmaccel.adapters.patches import PatchHooks
 from vlmaccel.adapters.scores import CacheScores, LayerScores
 from vlmaccel.adapters.sparse import SparseAttention, sparse_call
 from vlmaccel.adapters.view import View, apply_view, layer_view, renumbered
+from vlmaccel.adapters.watched_attention import WatchedAttention
 from vlmaccel.cache import PrunedLayer, PrunedSlidingLayer, kv_bytes_by_layer, prunable, pruned_layer
 from vlmaccel.hooks import Attention, CacheEntries, DecoderLayer, Method, VisualTokens, check_fits
 from vlmaccel.reduction import Reduction, gather
@@ -33,7 +34,8 @@ class Local(threading.local):
     call: dict[str, Any] | None = None
     tokens: TokenMap | None = None
     run: Run | None = None
-    attending: DecodeAttention | SparseAttention | None = None
+    attending: DecodeAttention | SparseAttention | WatchedAttention | None = None
+    watched: WatchedAttention | None = None
     entries: Entries | None = None
 
 
@@ -193,6 +195,7 @@ class DecoderHooks:
             hidden = self._reduce(run, i, module, hidden, kwargs, held)
             if i in self._at["attention_layers"]:
                 run.views["attention"] = layer_view(run, self.parts, kwargs, held, hidden)
+                self._local.attending = self._local.watched = WatchedAttention()
         keeps = run.reduction is not None or (run.may_reduce and i in self._at["cache_layers"])
         if keeps and cache is not None:
             held = pruned_layer(cache, i)
@@ -305,7 +308,8 @@ class DecoderHooks:
         if cache is not None and view.window is None:
             held = cache.layers[i]
             keys = held.dense()[0] if isinstance(held, PrunedLayer) else held.keys
-        scores = LayerScores(module, hidden, view, run.past, keys)
+        watched, self._local.watched = self._local.watched, None
+        scores = LayerScores(module, hidden, view, run.past, keys, watched)
         for method in self._at["attention_layers"][i]:
             method.attention(Attention(run, hidden, i, self.depth, scores))
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from vlmaccel.adapters.vision import VisionHooks
+from vlmaccel.adapters.watched_attention import WatchedAttention
 from vlmaccel.kernels.score_rows import score_rows
 from vlmaccel.reduction import Reduction, gather
 from vlmaccel.run import Patches, TokenMap
@@ -32,6 +33,7 @@ class Block:
 
     projected: outputs of its modules that make queries and keys, by name. kwargs: what it was called with.
     merged: what tokens were merged in blocks before, None if none. bias: (B, n) float on the keys, or None.
+    lse: (B, H, n) float32, the log-sum-exp of the rows, where the block's attention told it.
     """
 
     attention: Any
@@ -39,6 +41,7 @@ class Block:
     kwargs: Mapping[str, Any]
     merged: Reduction | None
     bias: Tensor | None
+    lse: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,7 @@ class Local(threading.local):
     """The passes of this thread: what the running one has projected, the last one, and what is left of all."""
 
     projected: dict[str, Tensor] = field(default_factory=dict)
+    watched: WatchedAttention | None = None
     now: Seen | None = None
     outputs: list[weakref.ref[ModelOutput]] = field(default_factory=list)
 
@@ -99,6 +103,8 @@ class PatchHooks:
             getattr(parts.attention, name).register_forward_hook(partial(self._on_projection, name))
             for name in parts.projections
         ]
+        handles.append(parts.attention.register_forward_pre_hook(self._before_attention))
+        handles.append(parts.attention.register_forward_hook(self._leave_attention, always_call=True))
         handles.append(parts.attention.register_forward_hook(self._on_attention, with_kwargs=True))
         handles.append(parts.projector.register_forward_hook(self._on_projector))
         handles.append(parts.tower.register_forward_hook(self._on_tower))
@@ -115,11 +121,23 @@ class PatchHooks:
         self._local.projected[name] = output.detach()
 
     @torch.compiler.disable
+    def _before_attention(self, module: nn.Module, args: tuple) -> None:
+        self._local.watched = WatchedAttention()
+        self._local.watched.__enter__()
+
+    @torch.compiler.disable
+    def _leave_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._local.watched is not None:
+            self._local.watched.__exit__(None, None, None)
+
+    @torch.compiler.disable
     @torch.no_grad()
     def _on_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         projected, self._local.projected = self._local.projected, {}
+        watched, self._local.watched = self._local.watched, None
         merged, bias = (None, None) if self.vision is None else self.vision.merged
-        self._local.now = Seen(*self.parts.look(Block(module, projected, kwargs, merged, bias)))
+        lse = None if watched is None else watched.lse
+        self._local.now = Seen(*self.parts.look(Block(module, projected, kwargs, merged, bias, lse)))
 
     @torch.compiler.disable
     def _on_projector(self, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -191,14 +209,14 @@ class PatchHooks:
             )
 
 
-def received(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+def received(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
     """(B, n) float32, the sum over all queries (B, H, Q, head_dim) of the softmax attention that each key (B, H, n,
-    head_dim) gets, the mean over heads. bias: (B, n) on the keys' logits, or None."""
+    head_dim) gets, the mean over heads. bias: (B, n) on the keys' logits, or None. lse: (B, H, Q) of all logits, if known."""
     batch, _, n, _ = key.shape
     row = torch.zeros(batch, query.shape[2], dtype=torch.long, device=key.device)
     index = torch.zeros(batch, 1, n, dtype=torch.long, device=key.device)  # all see all
     bias = None if bias is None else bias.float()[:, None]
-    return score_rows(query, key, row, index, bias, scale, 0, "sum").mean(1)
+    return score_rows(query, key, row, index, bias, scale, 0, "sum", lse).mean(1)
 
 
 def look_at_batch(classified: bool, block: Block) -> tuple[Tensor, Tensor]:
@@ -214,8 +232,10 @@ def look_at_batch(classified: bool, block: Block) -> tuple[Tensor, Tensor]:
         query = query[:, :, :1]
     elif merged is not None:
         query = gather(query, merged.group, 2)  # every token that was merged looks
-    scale = attention.head_dim**-0.5
-    share, keys = received(query, key, scale, block.bias), key.float().mean(1)
+    lse = block.lse
+    if lse is not None:
+        lse = lse[:, :, :1] if classified else lse if merged is None else gather(lse, merged.group, 2)
+    share, keys = received(query, key, attention.head_dim**-0.5, block.bias, lse), key.float().mean(1)
     return (share, keys) if merged is None else (merged.unmerge(share / merged.size), merged.unmerge(keys))
 
 

@@ -96,7 +96,10 @@ def look_at_groups(group: int, block: Block) -> tuple[Tensor, Tensor]:
     total = torch.zeros(len(key), device=key.device)
     for length in lengths.unique().tolist():  # all that are as long at once
         index = starts[lengths == length][:, None] + torch.arange(length, device=key.device)
-        total[index] = received(query[index].transpose(1, 2), rotated[index].transpose(1, 2), attention.scaling)
+        lse = None if block.lse is None else block.lse[0, :, index].transpose(0, 1)
+        total[index] = received(
+            query[index].transpose(1, 2), rotated[index].transpose(1, 2), attention.scaling, None, lse
+        )
     return total.view(1, -1, group).mean(-1), key.float().mean(1).unflatten(0, (1, -1, group)).mean(2)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmaccel.adapters.masks import causal_mask, per_head
 from vlmaccel.adapters.view import View
+from vlmaccel.adapters.watched_attention import WatchedAttention
 from vlmaccel.cache import KeyBias, PrunedLayer
 from vlmaccel.kernels.attention_rows import a_few_at_a_time, attention_rows
 from vlmaccel.kernels.score_rows import score_rows
@@ -37,11 +38,21 @@ class LayerScores:
     """Rows of the softmax attention of one layer, from its own projections, norms, rotary embedding and mask.
 
     attention: the layer's attention module. normed: (B, n, D), what it is given. view: what the layer sees.
-    past: tokens before these. keys: (B, H_kv, m, head_dim) of all tokens where the cache has them already.
+    past: tokens before these. keys: (B, H_kv, m, head_dim) of all tokens where the cache has them already. watched: the layer's
+    attention where it has run.
     """
 
-    def __init__(self, attention: Any, normed: Tensor, view: View, past: int, keys: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        attention: Any,
+        normed: Tensor,
+        view: View,
+        past: int,
+        keys: Tensor | None = None,
+        watched: WatchedAttention | None = None,
+    ) -> None:
         self._attention, self._normed, self._view, self._past, self._keys = attention, normed, view, past, keys
+        self._query, self._lse = (None, None) if watched is None else (watched.query, watched.lse)
         self._unrotated: Tensor | None = None
 
     @torch.no_grad()
@@ -59,8 +70,10 @@ class LayerScores:
         n = counts.shape[1]
         if view.mask is None and view.columns.index.shape[2] == n:  # causal attention, and that alone
             row, scale = view.rows.masked_fill(~counts, -1), self._attention.scaling
-            query, key, index = self._rotated("q", None), self._all_keys(), view.rows[:, None]
-            return score_rows(query, key, row, index, None, scale, 0, "sum").mean(1)
+            query = self._rotated("q", None) if self._query is None else self._query
+            return score_rows(query, self._all_keys(), row, view.rows[:, None], None, scale, 0, "sum", self._lse).mean(
+                1
+            )
         total = torch.zeros(counts.shape, device=counts.device)
         for rows in a_few_at_a_time(torch.arange(n, device=counts.device).expand(len(counts), -1), n):
             total += (self.rows(rows).mean(1) * counts.gather(1, rows)[..., None]).sum(1)

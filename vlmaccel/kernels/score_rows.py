@@ -10,23 +10,26 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlmaccel.kernels.dispatch import gpu_form
 
 _LIB = torch.library.Library("vlmaccel", "FRAGMENT")
 _LIB.define(
-    "score_rows(Tensor query, Tensor key, Tensor row, Tensor index, Tensor? bias, float scale, int window, str reduce)"
-    " -> Tensor"
+    "score_rows(Tensor query, Tensor key, Tensor row, Tensor index, Tensor? bias, float scale, int window, str reduce,"
+    " Tensor? lse=None) -> Tensor"
 )
 
 score_rows = torch.ops.vlmaccel.score_rows.default
-"""score_rows(query, key, row, index, bias, scale, window, reduce) -> (B, H, K) float32: the attention that each key gets.
+"""score_rows(query, key, row, index, bias, scale, window, reduce, lse=None) -> (B, H, K) float32: the attention that each key gets.
 
 query: (B, H, Q, head_dim), the rows that look. key: (B, H_kv, K, head_dim), H a multiple of H_kv.
 row: (B, Q) int32 or int64, logical position of each row, from 0 to 2^30; -1 for one that does not count.
 index: (B, 1 or H_kv, K) int32 or int64, logical position of each key, from 0 to 2^30.
 bias: (B, 1 or H_kv, K) float32, added to the logits of each key (log of a merged size; -inf hides a key), or None.
 scale: of the logits. window: how many positions back a row sees, itself the first; 0 or less for all.
+lse: (B, H, Q) float32, the log-sum-exp of the logits that each row sees, where attention has worked it out already (see
+`vlmaccel.kernels.attention_lse`), which saves half of the work on GPUs and the softmax on CPUs; None to work it out.
 
 A row sees the keys with row - window < index <= row that are not hidden; what keys that no row sees hold (NaN too) does not
 matter. reduce: "sum" of the rows' probabilities; "mean", that sum divided by the number of rows that see the key; "max". A key
@@ -42,9 +45,17 @@ CHUNK = 3 * 2**19  # logits at a time: more do not stay in the cache
 
 
 def reference(
-    query: Tensor, key: Tensor, row: Tensor, index: Tensor, bias: Tensor | None, scale: float, window: int, reduce: str
+    query: Tensor,
+    key: Tensor,
+    row: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    window: int,
+    reduce: str,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """The formula, in float64, with everything repeated for every query head."""
+    """The formula, in float64, with everything repeated for every query head; it works out `lse` for itself."""
     heads, kv_heads = query.shape[1], key.shape[1]
 
     def each(x: Tensor) -> Tensor:
@@ -80,7 +91,15 @@ def seen_by(row: Tensor, index: Tensor, window: int) -> Tensor:
 
 
 def _torch_form(
-    query: Tensor, key: Tensor, row: Tensor, index: Tensor, bias: Tensor | None, scale: float, window: int, reduce: str
+    query: Tensor,
+    key: Tensor,
+    row: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    window: int,
+    reduce: str,
+    lse: Tensor | None = None,
 ) -> Tensor:
     check_reduce(reduce)
     batch, heads, rows, _ = query.shape
@@ -90,6 +109,8 @@ def _torch_form(
         return out
     if query.dtype == torch.half:  # products of CPUs in float16 are several times slower than in float32
         query, key = query.float(), key.float()
+    if lse is not None:
+        query, key = subtracting(query, key, lse / scale)
     fit = max(1, CHUNK // (min(rows, ROWS) * keys * (heads // kv_heads)))  # KV heads at a time
     samples = max(1, fit // kv_heads)
     for b in range(0, batch, samples):
@@ -104,7 +125,7 @@ def _torch_form(
                 where = slice(h.start * heads // kv_heads, h.stop * heads // kv_heads)
                 added = None if bias is None else _of(bias[some, :, block.start : block.end], h)
                 part = block.reduced(
-                    query[some, where, at], key[some, h, block.start : block.end], added, scale, h, reduce
+                    query[some, where, at], key[some, h, block.start : block.end], added, scale, h, reduce, lse is None
                 )
                 total = out[some, where, block.start : block.end]
                 torch.maximum(total, part, out=total) if reduce == "max" else total.add_(part)
@@ -112,6 +133,18 @@ def _torch_form(
         count = seen_by(row, index, window).clamp_(min=1)
         out.unflatten(1, (kv_heads, -1)).div_(count[:, :, None])
     return out
+
+
+def subtracting(query: Tensor, key: Tensor, what: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries (B, H, Q, head_dim) and keys with more channels, so that their products come out less `what` (B, H, Q).
+
+    In bfloat16 it is three numbers, which hold all bits of a float32. What is not finite, of rows that see nothing, is 0.
+    """
+    rest, parts = what.float().masked_fill(what.isinf(), 0), []
+    for _ in range(3 if query.dtype == torch.bfloat16 else 1):
+        parts.append(rest.to(query.dtype))
+        rest = rest - parts[-1]
+    return torch.cat([query, -torch.stack(parts, -1)], -1), pad(key, (0, len(parts)), value=1.0)
 
 
 def _parts(n: int, most: int) -> Iterator[slice]:
@@ -154,9 +187,10 @@ class _Block:
         self.all_count = bool(self.weight.all())
 
     def reduced(
-        self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, heads: slice, reduce: str
+        self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, heads: slice, reduce: str, normalise: bool
     ) -> Tensor:
-        """(b, H, end - start) float, for some KV heads and their query heads."""
+        """(b, H, end - start) float, for some KV heads and their query heads; `normalise` unless logits come out less the rows'
+        log-sum-exp."""
         batch, kv_heads, keys, dim = key.shape
         query = query.masked_fill(~self.counts[:, None, :, None], 0).contiguous()  # rows of padding may be NaN
         logits = query.view(batch, kv_heads, -1, dim) @ key.mT
@@ -166,14 +200,25 @@ class _Block:
         each = logits.view(batch, kv_heads, -1, query.shape[2], keys)
         # finite, so that a row that sees nothing is no NaN
         each[..., self.some :].masked_fill_(_of(self.unseen, heads)[:, :, None], torch.finfo(logits.dtype).min)
-        torch.softmax(logits, -1, out=logits)
+        if normalise:
+            torch.softmax(logits, -1, out=logits)
+        else:
+            logits.exp_()
         if not self.all_count:
             each.mul_(_of(self.weight, heads)[:, :, None, :, None])
         return (each.amax(3) if reduce == "max" else each.sum(3)).flatten(1, 2)
 
 
 def _fake(
-    query: Tensor, key: Tensor, row: Tensor, index: Tensor, bias: Tensor | None, scale: float, window: int, reduce: str
+    query: Tensor,
+    key: Tensor,
+    row: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    window: int,
+    reduce: str,
+    lse: Tensor | None = None,
 ) -> Tensor:
     check_reduce(reduce)
     return query.new_empty(*query.shape[:2], key.shape[2], dtype=torch.float)

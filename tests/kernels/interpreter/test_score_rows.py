@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.test_score_rows import SCALE, draw
+from tests.kernels.test_score_rows import SCALE, draw, normaliser
 from tests.support.close import assert_close
 from vlmaccel.kernels.gpu import score_rows as module
 from vlmaccel.kernels.gpu.score_rows import fits, launch
@@ -25,6 +25,16 @@ def check(*args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_agrees_with_the_formula(dtype, window, reduce):
     check(*draw((4, 2), 37, 70, 24, batch=1, groups=2, dtype=dtype), SCALE, window, reduce)
+
+
+@pytest.mark.parametrize("rows", [5, 2 * ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_a_known_normaliser_changes_nothing(dtype, reduce, rows):
+    args = (*draw((4, 2), rows, 70, 24, groups=2, dtype=dtype), SCALE, 20, reduce)
+    lse = normaliser(*args[:-1]).float().mT.contiguous().mT  # in another layout, as torch's
+    lse = lse.masked_fill(args[2][:, None] < 0, torch.nan)
+    assert_close(launch(*args, lse), reference(*args))
 
 
 @pytest.mark.parametrize("dim", [16, 64, 72, 80, 96, 128])

@@ -1,4 +1,4 @@
-"""Triton form of `score_rows`: two passes over the logits, which are never stored.
+"""Triton form of `score_rows`: two passes over the logits, which are never stored; one where their log-sum-exp is known.
 
 `_normalise` has a program for a block of rows: the log-sum-exp of each of its rows, over blocks of keys. `_reduce` has a
 program for a block of keys: it works the same logits out again, makes probabilities of them and reduces them over blocks of
@@ -244,15 +244,21 @@ def _reduce(
     tl.store(out_ptr + pair * keys + other, result, mask=inside)
 
 
-def fits(
-    query: Tensor, key: Tensor, row: Tensor, index: Tensor, bias: Tensor | None, scale: float, window: int, reduce: str
-) -> bool:
+def fits(query: Tensor, key: Tensor, *rest: object) -> bool:
     fitting = key.dtype == query.dtype and query.shape[3] <= WIDEST.get(query.dtype, 0)
     return fitting and query.shape[0] * query.shape[1] < 2**16 and 0 not in (query.numel(), key.numel())
 
 
 def launch(
-    query: Tensor, key: Tensor, row: Tensor, index: Tensor, bias: Tensor | None, scale: float, window: int, reduce: str
+    query: Tensor,
+    key: Tensor,
+    row: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    window: int,
+    reduce: str,
+    lse: Tensor | None = None,
 ) -> Tensor:
     check_reduce(reduce)
     query, key, index = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, index))
@@ -270,19 +276,26 @@ def launch(
         _strides(index),
         None if bias is None else _strides(bias),
         min(window, 2**30),  # positions are below that too, so that their sum is one of 32 bits
+        known=lse is not None,
     )
     out = query.new_empty(*query.shape[:2], plan.keys, dtype=torch.float32)
-    total = query.new_empty(*query.shape[:2], plan.splits, plan.rows, dtype=torch.float32)
+    if lse is None:
+        total = query.new_empty(*query.shape[:2], plan.splits, plan.rows, dtype=torch.float32)
+    else:
+        total = lse.float().mul(LOG2E.value).contiguous()
     place, weight = index, index if bias is None else bias  # without a bias nothing is read there
     key_extents = row_extents = (row, row)
     if plan.skips:
         key_extents = tuple(row.new_empty(plan.batch, plan.groups, plan.key_blocks) for _ in range(2))
         row_extents = tuple(row.new_empty(plan.batch, plan.row_blocks) for _ in range(2))
-        _start(_extents, (plan.key_blocks, plan.batch * plan.groups), (place, weight, *key_extents), plan.key_extents())
+        if lse is None:
+            groups = plan.batch * plan.groups
+            _start(_extents, (plan.key_blocks, groups), (place, weight, *key_extents), plan.key_extents())
         _start(_extents, (plan.row_blocks, plan.batch), (row, row, *row_extents), plan.row_extents())
     pairs, pointers = plan.batch * plan.heads, (query, key, row, index, weight)
-    grid = plan.row_blocks, plan.splits, pairs
-    _start(_normalise, grid, (*pointers, *key_extents, total), plan.normalise(scale))
+    if lse is None:
+        grid = plan.row_blocks, plan.splits, pairs
+        _start(_normalise, grid, (*pointers, *key_extents, total), plan.normalise(scale))
     _start(_reduce, (plan.key_blocks, pairs), (*pointers, *row_extents, total, out), plan.reduce(scale, reduce))
     return out
 
@@ -300,7 +313,7 @@ def _start(kernel: Any, grid: tuple, pointers: tuple, rest: tuple[tuple, dict, d
 class Plan:
     """Sizes of a call, and what they make the numbers, constants and options of its launches.
 
-    strides: of samples, heads and tokens; of index and bias, of samples and groups.
+    strides: of samples, heads and tokens; of index and bias, of samples and groups. known: whether the rows' log-sum-exp is.
     """
 
     def __init__(
@@ -314,6 +327,7 @@ class Plan:
         index_strides: tuple[int, int],
         bias_strides: tuple[int, int] | None,
         window: int,
+        known: bool = False,
     ) -> None:
         self.batch, self.heads, self.rows, self.width = query
         self.kv_heads, self.keys = key[1:3]
@@ -326,7 +340,8 @@ class Plan:
         self.key_blocks = triton.cdiv(self.keys, self.config.keys)
         self.skips = self.row_blocks > 1
         wanted = triton.cdiv(PROGRAMS, self.row_blocks * self.batch * self.heads)
-        self.splits = min(MOST_SPLITS, *(triton.next_power_of_2(n) for n in (wanted, triton.cdiv(self.key_blocks, 4))))
+        splits = min(MOST_SPLITS, *(triton.next_power_of_2(n) for n in (wanted, triton.cdiv(self.key_blocks, 4))))
+        self.splits = 1 if known else splits
         self.index, self.bias = index_strides, bias_strides
         self.groups = self.kv_heads if index_strides[1] or (bias_strides and bias_strides[1]) else 1
         strides = (*query_strides, *key_strides)
