@@ -10,7 +10,8 @@ import vlmaccel
 from tests.support import before_decoder as check
 from tests.support import models
 from tests.support.towers import expected
-from vlmaccel.methods import ToMe, VisPruner
+from vlmaccel.methods import ToMe, VisPruner, vispruner
+from vlmaccel.methods.greedy import cosines
 from vlmaccel.methods.vispruner import unlike
 
 VISPRUNER = VisPruner(ratio=0.6)
@@ -36,6 +37,56 @@ def test_rounds_drop_what_is_most_like_another(m, kept, seed):
     got = unlike(x.float(), kept).tolist()
     assert len(set(got)) == kept
     assert got == slowly_unlike(x.float().double(), kept)
+
+
+def unlike_by_whole_rows(x, kept):
+    """The rounds with whole rows of the same cosines, so that ties are the same too."""
+    cosine, left = cosines(x), torch.arange(len(x))
+    while len(left) > kept > 0:
+        even, odd = left[::2], left[1::2]
+        order = cosine[even][:, odd].amax(1).argsort(descending=True, stable=True)
+        left = torch.cat([even[order[min(8, len(left) - kept, len(even)) :]], odd])
+    return left if kept else left[:0]
+
+
+def features(kind, m, seed=0):
+    """(m, 6) float32."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, 6, generator=generator)
+    if kind == "random":
+        return x
+    if kind == "duplicates":
+        return x[torch.randint(max(1, m // 8), (m,), generator=generator)]
+    if kind == "zeros":
+        return x * (torch.rand(m, 1, generator=generator) < 0.5)
+    return x[torch.randint(min(3, m), (m,), generator=generator)] + 0.1 * x
+
+
+@pytest.mark.parametrize("kind", ["random", "duplicates", "zeros", "clusters"])
+@pytest.mark.parametrize("nearest", [1, 4, 1000])
+def test_looking_at_the_nearest_first_changes_nothing(kind, nearest, monkeypatch):
+    monkeypatch.setattr(vispruner, "NEAREST", nearest)
+    monkeypatch.setattr(vispruner, "MANY", nearest)
+    for m in range(1, 41):
+        for kept in {0, 1, m // 3, m // 2, m - 1, m}:
+            x = features(kind, m, seed=m)
+            assert unlike(x, kept).tolist() == unlike_by_whole_rows(x, kept).tolist(), (m, kept)
+
+
+@pytest.mark.parametrize("kind", ["random", "duplicates", "zeros", "clusters"])
+def test_rows_without_another_among_the_nearest_are_searched_whole(kind, monkeypatch):
+    monkeypatch.setattr(vispruner, "NEAREST", 8)
+    monkeypatch.setattr(vispruner, "MANY", 400)
+    searched, highest = {True: 0, False: 0}, vispruner.highest
+
+    def counted(cosine, rows, others, near=None):
+        searched[near is None] += len(rows)
+        return highest(cosine, rows, others, near)
+
+    monkeypatch.setattr(vispruner, "highest", counted)
+    x = features(kind, 401)
+    assert unlike(x, 60).tolist() == unlike_by_whole_rows(x, 60).tolist()
+    assert 0 < searched[True] < searched[False]  # some, not all
 
 
 @pytest.mark.parametrize(("budget", "important"), [(8, 4), (10, 5), (30, 15), (1, 0), (2, 1), (64, 32)])

@@ -16,6 +16,8 @@ from vlmaccel.methods.greedy import Greedy, cosines
 from vlmaccel.methods.selection import check_share
 
 ROUND = 8  # patches dropped at a time, as in the official code
+MANY = 1000  # patches; of fewer, whole rows are searched as fast
+NEAREST = 32  # of a row's neighbours are looked at first; 16 to 32 are as fast, more are slower
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,29 @@ def unlike(x: Tensor, kept: int) -> Tensor:
     come first in the next list, by falling likeness; then the odd ones.
     """
     cosine = cosines(x)
+    # on GPUs whole rows are copied fast, and to ask which rows `highest` missed would be a wait in every round
+    near = cosine.topk(NEAREST) if len(x) >= MANY and x.device.type == "cpu" else None
     left = torch.arange(len(x), device=x.device) if kept else x.new_empty(0, dtype=torch.long)
     while len(left) > kept:
         even, odd = left[::2], left[1::2]
         # other columns are hidden, since rows are copied far faster than columns
         others = cosine.new_full((len(x),), -torch.inf).index_fill_(0, odd, 0)
-        alike = cosine.index_select(0, even).add_(others).amax(1).argsort(descending=True, stable=True)
+        alike = highest(cosine, even, others, near).argsort(descending=True, stable=True)
         dropped = min(ROUND, len(left) - kept, len(even))
         left = torch.cat([even[alike[dropped:]], odd])
     return left
+
+
+def highest(cosine: Tensor, rows: Tensor, others: Tensor, near: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """(n,) float32, the highest values in these rows (n,) of cosine (m, m), after others (m,), 0 or -inf, are added.
+
+    near: values and columns of the highest K in each row of cosine, both (m, K). Where not all of these are hidden, the
+        highest that is not is what is looked for; only the other rows are copied whole.
+    """
+    if near is None:
+        return cosine.index_select(0, rows).add_(others).amax(1)
+    values, columns = (x.index_select(0, rows) for x in near)
+    hidden = others.index_select(0, columns.flatten()).view_as(columns)  # five times as fast as others[columns]
+    found = (values + hidden).amax(1)
+    missed = found.isinf().nonzero().flatten()
+    return found.index_copy_(0, missed, highest(cosine, rows[missed], others))
