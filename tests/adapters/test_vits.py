@@ -179,7 +179,14 @@ def logits_of(out):
     return getattr(out, "logits", None) if hasattr(out, "logits") else getattr(out, "pooler_output", out)
 
 
-@pytest.mark.parametrize("kind", ["timm-class", "timm-siglip", "timm-eva02", "hf-vit", "hf-siglip", "open-clip"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "timm-class",
+        "hf-siglip",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("timm-siglip", "timm-eva02", "hf-vit", "open-clip")),
+    ],
+)
 @torch.no_grad()
 def test_compiles_into_one_graph(kind):
     model, pixels = build(kind), pictures()

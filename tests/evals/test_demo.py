@@ -68,6 +68,7 @@ def test_faster_of_two_dtypes_is_a_clean_load(checkpoint):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), straight.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("tiny", [tiny_llava, pytest.param(tiny_qwen2_vl, marks=pytest.mark.slow)], indirect=True)
 def test_demo_end_to_end(checkpoint, tmp_path, monkeypatch):
     for name, value in {"KEPT": (0.5, 0.25), "SEEDS": (0, 1)}.items():
         monkeypatch.setattr(budgets, name, value)

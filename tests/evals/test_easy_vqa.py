@@ -57,7 +57,7 @@ def test_labels_agree_with_every_question():
                 assert answer == ("yes" if true != kind.endswith("-neg") else "no")
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 3542), ("test", 880)])
+@pytest.mark.parametrize(("split", "count"), [pytest.param("train", 3542, marks=pytest.mark.slow), ("test", 880)])
 def test_classified_pictures(split, count):
     classified = data.classified(split)
     assert len(classified) == count

@@ -4,7 +4,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from math import sqrt
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -402,7 +405,42 @@ def without_timing(path):
     return report["pictures"], report["settings"], ways
 
 
-@pytest.mark.parametrize("finished", [0, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("finished", [0, 6])
+def test_two_share_the_batches(checkpoint, classifier, data, tmp_path, monkeypatch, finished):
+    """As `test_two_processes_give_the_same_as_one`, with threads for processes, which take long to start."""
+    here, both, sent = threading.local(), threading.Barrier(2, timeout=60), [[], []]
+
+    def gather(mine):
+        sent[here.number] = mine
+        both.wait()
+        found = [*sent[0], *sent[1]]
+        both.wait()  # before anything else is sent
+        return found
+
+    def state_of_this(device):
+        state = SimpleNamespace(process_index=here.number, num_processes=2, is_main_process=here.number == 0)
+        return state, device
+
+    def run_one(number):
+        here.number = number
+        return evaluate(load_classifier(checkpoint, data.classes), data, WAYS, 2, tmp_path / "two")
+
+    one = evaluate(classifier, data, WAYS, 2, tmp_path / "one")
+    lines = (tmp_path / "one").read_text().splitlines(keepends=True)
+    if finished:
+        (tmp_path / "two").write_text("".join(lines[: 1 + finished]))
+    monkeypatch.setattr(imagenet, "processes", state_of_this)
+    monkeypatch.setattr(imagenet, "gather_object", gather)
+    monkeypatch.setattr(imagenet, "broadcast_object_list", lambda mine: gather(mine)[:1])
+    with ThreadPoolExecutor(2) as pool:
+        two, nothing = pool.map(run_one, range(2))
+    assert nothing is None and two.processes == 2
+    assert answers(two) == answers(one)
+    assert sorted((tmp_path / "two").read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", [0, 6])
 def test_two_processes_give_the_same_as_one(checkpoint, folder, tmp_path, finished):
     """17 pictures in batches of 2 are 9 batches: neither divides by two."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -432,13 +470,12 @@ def test_an_error_ends_all_processes(checkpoint, folder, tmp_path):
 
 @torch.no_grad()
 def test_on_the_shipped_pictures_the_likest_merge_costs_nothing_and_random_ones_do():
-    pictures = read_data("easy-vqa").spread(220)
+    pictures = read_data("easy-vqa").spread(110)
     classifier = load_classifier("tiny-vit", pictures.classes, "float32", "cpu")
-    result = evaluate(classifier, pictures, sweep("tome", [24, 30], {}), 55)
+    result = evaluate(classifier, pictures, sweep("tome", [30], {}), 55)
     unpatched = result.score("unpatched").top1
     assert unpatched >= 0.99
-    for r in (24, 30):
-        tome, random = result.score(f"tome r={r}"), result.score(f"random r={r}")
-        assert tome.top1 >= unpatched - 0.005
-        assert tome.top1 > random.top1
-        assert tome.loyalty > random.loyalty
+    tome, random = result.score("tome r=30"), result.score("random r=30")
+    assert tome.top1 >= unpatched - 0.005
+    assert tome.top1 > random.top1
+    assert tome.loyalty > random.loyalty

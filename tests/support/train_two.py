@@ -1,6 +1,7 @@
 """One training step of a patched model, data-parallel: `python -m torch.distributed.run --nproc-per-node N` this file, OUT."""
 
 import sys
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,13 +26,17 @@ def rows(count: int = 4) -> list[dict[str, torch.Tensor]]:
     return found
 
 
+def patched() -> Any:
+    model: Any = build(KIND).train()
+    model.model.vision_tower.requires_grad_(False)  # whose last block is not used, which DistributedDataParallel minds
+    return vlmaccel.patch(model, "pyramiddrop", ratio=0.5)
+
+
 def step(out: str) -> None:
     """Write the gradients of the whole batch of four, whichever process has which half of it."""
     accelerator = Accelerator(cpu=True)
-    model = build(KIND).train()
-    model.model.vision_tower.requires_grad_(False)  # whose last block is not used, which DistributedDataParallel minds
-    vlmaccel.patch(model, "pyramiddrop", ratio=0.5)
-    samples = rows()
+    model, samples = patched(), rows()
+    assert accelerator.num_processes == 2
     loader = DataLoader(samples, batch_size=4 // accelerator.num_processes)
     model, loader = accelerator.prepare(model, loader)
     for batch in loader:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
 
 import vlmaccel
 from tests.support.models import build
-from tests.support.train_two import KIND, rows
+from tests.support.train_two import KIND, patched, rows
 from vlmaccel.methods import PyramidDrop, ToMe, Victor
 
 METHODS = {
@@ -72,19 +74,39 @@ def test_lora_learns_through_a_patched_decoder(first):
     assert vlmaccel.stats(model).stages
 
 
+def gradients_of(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process, this one."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_data_parallel_training_makes_the_same_gradients(alone):
+    """What needs no second process: those of `test_two_processes_make_the_gradients_of_one` take long to start."""
+    plain, parallel, batch = patched(), DistributedDataParallel(patched()), default_collate(rows())
+    for model in (plain, parallel):
+        model(**batch).loss.backward()
+    expected, found = gradients_of(plain), gradients_of(parallel.module)
+    assert found.keys() == expected.keys() and vlmaccel.stats(parallel.module).stages
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+
+
+@pytest.mark.slow
 def test_two_processes_make_the_gradients_of_one(tmp_path):
-    found = []
-    script = Path(__file__).parent.parent / "support" / "train_two.py"
+    script, out = Path(__file__).parent.parent / "support" / "train_two.py", tmp_path / "two.pt"
     environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run(
-            [*command, str(script), str(out)], env=environment, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(torch.load(out))
-    one, two = found
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(script), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = patched()
+    model(**default_collate(rows())).loss.backward()
+    one, two = gradients_of(model), torch.load(out)
     assert one.keys() == two.keys() and any(gradient.abs().sum() > 0 for gradient in one.values())
     for name, gradient in one.items():
         assert torch.allclose(two[name], gradient, atol=1e-6), name
