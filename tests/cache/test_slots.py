@@ -87,7 +87,7 @@ def test_map_goes_along_the_batch_of_everything():
 def test_compact_says_the_same_in_fewer_bytes(names, groups):
     slots = make(5, 2, groups, 4, names)
     wide = Slots(slots.index.long(), None if slots.size is None else slots.size.long(), modality=slots.modality)
-    small = wide.compact()
+    small = wide.compact
     assert torch.equal(small.index, slots.index) and torch.equal(small.sizes, wide.sizes)
     assert small.nbytes == 2 * groups * 4 * (4 + 4 * ("size" in names) + ("modality" in names))
     assert wide.nbytes == 2 * groups * 4 * (8 + 8 * ("size" in names) + ("modality" in names))

@@ -50,7 +50,7 @@ class MixedLayer(PrunedLayer):
         new, slots = cls(**options), layer.slots
         assert slots is not None
         if padding is not None:
-            slots = replace(slots, size=slots.sizes.masked_fill(slots.padded(padding), 0)).compact()
+            slots = replace(slots, size=slots.sizes.masked_fill(slots.padded(padding), 0)).compact
         new.notes, new.cumulative_length = layer.notes, layer.cumulative_length
         new.lazy_initialization(layer.keys, layer.values)
         new.keys, new.values, new._slots = layer.keys, layer.values, slots
@@ -70,7 +70,7 @@ class MixedLayer(PrunedLayer):
         tail = self._exact - (0 if self._slots is None else self._slots.index.shape[2])
         if tail or self._slots is None:
             start, batch = self.cumulative_length - tail, self.keys.shape[0]
-            self._slots = extend(self._slots, start, tail, batch, self.keys.device).compact()
+            self._slots = extend(self._slots, start, tail, batch, self.keys.device).compact
         return self._slots
 
     @property
@@ -219,7 +219,7 @@ class MixedLayer(PrunedLayer):
         keep = (~moved).byte().argsort(dim=2, stable=True)[:, :, : int(moved.sum(2).max())]
         chosen = slots.take(keep)
         if not bool(moved.gather(2, keep).all()):
-            chosen = replace(chosen, size=chosen.sizes * moved.gather(2, keep)).compact()
+            chosen = replace(chosen, size=chosen.sizes * moved.gather(2, keep)).compact
         keys, values = (_take(x, keep) for x in (self.keys, self.values))
         if self.key_bias is not None:
             keys = keys.float() - self.key_bias.at(self._positions(chosen))
@@ -238,7 +238,7 @@ class MixedLayer(PrunedLayer):
         keep = left.byte().argsort(dim=2, stable=True)[:, :, left.shape[2] - int(left.sum(2).max()) :]
         real = left.gather(2, keep)
         kept = slots.take(keep)
-        self._slots = kept if bool(real.all()) else replace(kept, size=kept.sizes * real).compact()
+        self._slots = kept if bool(real.all()) else replace(kept, size=kept.sizes * real).compact
         self._target = take(self._targets(), keep)
         self.keys, self.values, self._room = _take(self.keys, keep), _take(self.values, keep), None
         self.notes = {name: take(x, keep) for name, x in self.notes.items()}
@@ -282,7 +282,7 @@ class MixedLayer(PrunedLayer):
             size = store.slots.sizes.expand(-1, both, -1) * here
             every = torch.arange(size.shape[2], device=size.device).expand(batch, both, -1)
             wider = store.slots.take(every)
-            store.slots = replace(wider, size=size).compact()
+            store.slots = replace(wider, size=size).compact
             store.compact()
         self.stores = {bits: store for bits, store in self.stores.items() if store.slots.index.shape[2]}
         exact = self.exact_slots

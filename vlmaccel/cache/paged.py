@@ -69,7 +69,7 @@ class PagedLayer(PrunedLayer):
         if padding is not None:
             hidden = slots.padded(padding)
             if bool(hidden.any()):
-                slots = replace(slots, size=slots.sizes.masked_fill(hidden, 0)).compact()
+                slots = replace(slots, size=slots.sizes.masked_fill(hidden, 0)).compact
                 self._slots, self._room = slots, None
         filler = slots.sizes == 0
         if slots.size is not None and bool(filler.any()):

@@ -74,12 +74,12 @@ class PrunedLayer(DynamicLayer):
         tail = self.held - (0 if self._slots is None else self._slots.index.shape[2])
         if tail:
             start, batch = self.cumulative_length - tail, self.keys.shape[0]
-            self._slots = extend(self._slots, start, tail, batch, self.keys.device).compact()
+            self._slots = extend(self._slots, start, tail, batch, self.keys.device).compact
         return self._slots
 
     def expect(self, slots: Slots, length: int) -> None:
         """Announce the next `update`: the slots after it, and by how many logical tokens the sequence grows."""
-        self._expected = (slots.compact(), length)
+        self._expected = (slots.compact, length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append (B, H_kv, n, head_dim) keys and values; without a call of `expect` they are the next n tokens."""
@@ -194,7 +194,7 @@ class PrunedLayer(DynamicLayer):
         keep = reduction.keep.view(batch, groups, -1)
         total = reduction.total(size).view(batch, groups, -1)
         kept = replace(slots.take(keep), size=None if bool((total == 1).all()) else total)
-        self._slots = replace(kept, prop_attn=slots.prop_attn or prop_attn).compact()
+        self._slots = replace(kept, prop_attn=slots.prop_attn or prop_attn).compact
         for name, x in self.notes.items():
             x = torch.nn.functional.pad(x, (0, slots.index.shape[2] - x.shape[2]))  # nothing is noted of newer entries
             self.notes[name] = take(x, keep)

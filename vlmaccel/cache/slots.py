@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -67,8 +68,9 @@ class Slots:
         bias = bias.masked_fill(sizes == 0, -torch.inf)
         return bias if padding is None else bias.masked_fill(self.padded(padding), -torch.inf)
 
+    @cached_property
     def compact(self) -> Slots:
-        """The same in the integers that a cache holds them in."""
+        """The same in the integers that a cache holds them in, worked out once for all layers that hold these."""
         size = None if self.size is None else self.size.int()
         return replace(self, index=self.index.int(), size=size)
 
