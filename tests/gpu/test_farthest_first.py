@@ -18,14 +18,19 @@ def cosine_distances(m):
     return 1 - x @ x.mT
 
 
-def check(distance, kept):
-    assert fits(distance, kept)
-    assert torch.equal(farthest_first(distance, kept), _torch_form(distance, kept))
+def start_at(number):
+    return torch.tensor([number], device="cuda")
+
+
+def check(distance, kept, start=0):
+    args = distance, start_at(start), kept
+    assert fits(*args)
+    assert torch.equal(farthest_first(*args), _torch_form(*args))
 
 
 @pytest.mark.parametrize("m", [1, 2, 33, 100, 257, 576, 729, 1024, 1521, 2048, 2880, 4095, 4096, 5000, 8192])
 def test_agrees_with_the_torch_form(m):
-    check(cosine_distances(m), (m + 1) // 2)
+    check(cosine_distances(m), (m + 1) // 2, m // 3)
     check(cosine_distances(m), 1)
 
 
@@ -37,7 +42,9 @@ def test_the_most_that_fit(m):
 @pytest.mark.parametrize("m", [64, 577, 4096])
 def test_all_are_picked(m):
     check(cosine_distances(m), m)
-    assert torch.equal(farthest_first(cosine_distances(m), m).sort().values, torch.arange(m, device="cuda"))
+    assert torch.equal(
+        farthest_first(cosine_distances(m), start_at(0), m).sort().values, torch.arange(m, device="cuda")
+    )
 
 
 @pytest.mark.parametrize("m", [100, 577, 2048])
@@ -47,7 +54,9 @@ def test_ties_go_to_the_lowest_index(m):
     check(number.float(), m)
     check(number.float() * number.flip(0).sign(), m)  # zeros of both signs
     for value in (0.0, -1.0):
-        assert torch.equal(farthest_first(torch.full((m, m), value, device="cuda"), m), torch.arange(m, device="cuda"))
+        assert torch.equal(
+            farthest_first(torch.full((m, m), value, device="cuda"), start_at(0), m), torch.arange(m, device="cuda")
+        )
 
 
 def test_layouts():
@@ -61,18 +70,18 @@ def test_nan_gives_indices_all_the_same(m):
     nan = torch.rand(m, m, device="cuda") < 0.3
     for where in (nan, nan[:1].expand(m, m), nan[:, :1].expand(m, m), torch.ones_like(nan)):
         distance = torch.rand(m, m, device="cuda").masked_fill(where, math.nan)
-        assert torch.equal(farthest_first(distance, m).sort().values, torch.arange(m, device="cuda"))
+        assert torch.equal(farthest_first(distance, start_at(0), m).sort().values, torch.arange(m, device="cuda"))
 
 
 def test_what_has_no_triton_form():
-    distance = cosine_distances(300)
-    assert not fits(distance.double(), 20)
-    assert torch.equal(farthest_first(distance.double(), 20), _torch_form(distance.double(), 20))
+    args = cosine_distances(300).double(), start_at(7), 20
+    assert not fits(*args)
+    assert torch.equal(farthest_first(*args), _torch_form(*args))
 
 
 def test_is_an_operator_and_always_the_same():
-    distance = cosine_distances(576)
-    torch.library.opcheck(farthest_first, (distance, 288))
-    want = farthest_first(distance, 288)
+    args = cosine_distances(576), start_at(7), 288
+    torch.library.opcheck(farthest_first, args)
+    want = farthest_first(*args)
     for _ in range(5):
-        assert torch.equal(farthest_first(distance, 288), want)
+        assert torch.equal(farthest_first(*args), want)

@@ -26,48 +26,54 @@ def distances(m, kind, seed=0):
     return x.masked_fill(x > 1, math.inf) if kind == "infinite" else x
 
 
-@given(st.integers(1, 40), st.floats(0, 1), st.sampled_from(KINDS), st.sampled_from([torch.float32, torch.float64]))
-def test_agrees_with_the_loop(m, share, kind, dtype):
-    distance = distances(m, kind).to(dtype)
+@given(
+    st.integers(1, 40),
+    st.floats(0, 1),
+    st.integers(0, 39),
+    st.sampled_from(KINDS),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_agrees_with_the_loop(m, share, start, kind, dtype):
+    distance, start = distances(m, kind).to(dtype), torch.tensor([start % m])
     kept = max(1, round(share * m))
     before = distance.clone()
-    picked = farthest_first(distance, kept)
+    picked = farthest_first(distance, start, kept)
     assert picked.dtype == torch.long
-    assert torch.equal(picked, reference(distance, kept))
+    assert torch.equal(picked, reference(distance, start, kept))
     assert picked.unique().numel() == len(picked) == kept
     assert torch.equal(distance, before)
 
 
 @pytest.mark.parametrize("form", [farthest_first, reference])
 def test_points_on_a_line(form):
-    """The one that is most alone, then both ends, then the middle of what is widest."""
+    """Both ends, then the middle of what is widest."""
     at = torch.tensor([0.0, 1, 2, 3, 10, 20, 22])
-    distance = (at[:, None] - at).abs()
-    assert form(distance, 7).tolist() == [4, 6, 0, 3, 5, 1, 2]
-    assert form(distance, 1).tolist() == [4]
+    distance, start = (at[:, None] - at).abs(), torch.tensor([4])
+    assert form(distance, start, 7).tolist() == [4, 6, 0, 3, 5, 1, 2]
+    assert form(distance, start, 1).tolist() == [4]
 
 
 @pytest.mark.parametrize("form", [farthest_first, reference])
 def test_ties_go_to_the_lowest_index(form):
     for distance in (torch.zeros(9, 9), torch.ones(9, 9), torch.full((9, 9), -2.0), 1 - torch.eye(9)):
-        assert form(distance, 9).tolist() == list(range(9))
+        assert form(distance, torch.tensor([3]), 9).tolist() == [3, 0, 1, 2, 4, 5, 6, 7, 8]
 
 
 def test_a_row_says_how_far_points_are():
-    distance = torch.tensor([[0.0, 1, 5], [2, 0, 3], [2, 9, 0]])  # nearest: 2, 1, 3
-    assert farthest_first(distance, 2).tolist() == reference(distance, 2).tolist() == [2, 1]
+    distance, start = torch.tensor([[0.0, 1, 5], [2, 0, 3], [9, 2, 0]]), torch.tensor([0])
+    assert farthest_first(distance, start, 2).tolist() == reference(distance, start, 2).tolist() == [0, 2]
 
 
 def test_the_diagonal_does_not_matter():
-    distance = distances(12, "any")
-    want = farthest_first(distance, 12)
+    distance, start = distances(12, "any"), torch.tensor([5])
+    want = farthest_first(distance, start, 12)
     for value in (-3.0, 0.0, math.inf):
-        assert torch.equal(farthest_first(distance.clone().fill_diagonal_(value), 12), want)
+        assert torch.equal(farthest_first(distance.clone().fill_diagonal_(value), start, 12), want)
 
 
 @pytest.mark.parametrize("kept", [1, 5, 9])
 def test_is_an_operator(kept):
-    distance = distances(9, "cosines").mT
-    torch.library.opcheck(farthest_first, (distance, kept))
-    compiled = torch.compile(lambda d: farthest_first(d, kept), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(distance), farthest_first(distance, kept))
+    args = distances(9, "cosines").mT, torch.tensor([2])
+    torch.library.opcheck(farthest_first, (*args, kept))
+    compiled = torch.compile(lambda *args: farthest_first(*args, kept), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*args), farthest_first(*args, kept))

@@ -193,12 +193,12 @@ def farthest_case(tokens: int, kept: float) -> Case:
     def make(draw: Draw) -> Work:
         unit = torch.nn.functional.normalize(draw.normal(tokens, 256, dtype=torch.float), dim=-1)
         distance, count = 1 - unit @ unit.mT, round(kept * tokens)
-        own = torch.eye(tokens, dtype=torch.bool, device=draw.device)
+        start = torch.zeros(1, dtype=torch.long, device=draw.device)
 
         def step_by_step() -> Tensor:
             picked = torch.empty(count, dtype=torch.long, device=draw.device)
             open_ = torch.ones(tokens, dtype=torch.bool, device=draw.device)
-            picked[0] = distance.masked_fill(own, torch.inf).amin(0).argmax()
+            picked[0] = start[0]
             left = torch.full((tokens,), torch.inf, device=draw.device)
             for number in range(1, count):
                 before = picked[number - 1 : number]
@@ -207,7 +207,7 @@ def farthest_case(tokens: int, kept: float) -> Case:
                 picked[number] = left.where(open_, -torch.inf).argmax()
             return picked
 
-        return Work((distance, count), {"step by step": step_by_step})
+        return Work((distance, start, count), {"step by step": step_by_step})
 
     return Case("farthest_first", f"{tokens:,} points, {kept:.0%} kept", make)
 

@@ -11,41 +11,30 @@ from torch import Tensor
 from vlmaccel.kernels.dispatch import gpu_form
 
 _LIB = torch.library.Library("vlmaccel", "FRAGMENT")
-_LIB.define("farthest_first(Tensor distance, int kept) -> Tensor")
+_LIB.define("farthest_first(Tensor distance, Tensor start, int kept) -> Tensor")
 
 farthest_first = torch.ops.vlmaccel.farthest_first.default
-"""farthest_first(distance, kept) -> (kept,) int64: which points are picked, the first one first, none twice.
+"""farthest_first(distance, start, kept) -> (kept,) int64: which points are picked, the first one first, none twice.
 
-The first is the point whose nearest other point is farthest, and each further one that whose nearest picked point is. Ties go
-to the lowest index.
+The first is `start`, and each further one that whose nearest picked point is farthest. Ties go to the lowest index.
 
-distance: (m, m) float, in row i how far each point is from point i, above -inf; the diagonal does not matter. kept: from 1 to
-m. With a NaN among the distances the picks are undefined, but below m. Memory beside input and output: a copy of the distances.
+distance: (m, m) float, in row i how far each point is from point i, above -inf; the diagonal does not matter. start: (1,) int64.
+kept: from 1 to m. With a NaN among the distances the picks are undefined, but below m.
 """
 
 
-def reference(distance: Tensor, kept: int) -> Tensor:
+def reference(distance: Tensor, start: Tensor, kept: int) -> Tensor:
     """The same, point by point."""
-    rows = distance.double().tolist()
-    points = range(len(rows))
-
-    def nearest(j: int, others: range | list[int]) -> float:
-        return min((rows[i][j] for i in others if i != j), default=torch.inf)
-
-    picked = [max(points, key=lambda j: nearest(j, points))]  # the first one of equals
+    rows, picked = distance.double().tolist(), start.tolist()
     while len(picked) < kept:
-        picked.append(max((j for j in points if j not in picked), key=lambda j: nearest(j, picked)))
+        left = [j for j in range(len(rows)) if j not in picked]
+        picked.append(max(left, key=lambda j: min(rows[i][j] for i in picked)))  # the first one of equals
     return torch.tensor(picked)
 
 
-def first(distance: Tensor) -> Tensor:
-    """(1,) int64, the first pick."""
-    return distance.clone().fill_diagonal_(torch.inf).amin(0).argmax(0, keepdim=True)
-
-
-def _torch_form(distance: Tensor, kept: int) -> Tensor:
-    picked = [first(distance)]
-    left = distance.index_select(0, picked[0])[0]
+def _torch_form(distance: Tensor, start: Tensor, kept: int) -> Tensor:
+    picked = [start]
+    left = distance.index_select(0, start)[0]
     for _ in range(kept - 1):  # indices stay on the device: a GPU is not waited for
         left.index_fill_(0, picked[-1], -torch.inf)
         picked.append(left.argmax(0, keepdim=True))
@@ -53,7 +42,7 @@ def _torch_form(distance: Tensor, kept: int) -> Tensor:
     return torch.cat(picked)
 
 
-def _fake(distance: Tensor, kept: int) -> Tensor:
+def _fake(distance: Tensor, start: Tensor, kept: int) -> Tensor:
     return distance.new_empty(kept, dtype=torch.long)
 
 

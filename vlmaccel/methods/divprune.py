@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vlmaccel.hooks import DecoderLayer
@@ -33,4 +34,12 @@ class DivPrune(Greedy):
         return at_least_one((n.double() * ratio).round().long(), ratio)
 
     def pick(self, at: DecoderLayer, sample: int, index: Tensor, kept: int) -> Tensor:
-        return farthest_first(cosines(at.hidden[sample, index]).neg_().add_(1), kept)
+        return most_unlike(at.hidden[sample, index], kept)
+
+
+def most_unlike(x: Tensor, kept: int) -> Tensor:
+    """(kept,) int64, which rows of x (m, d) to pick; ties go to the lowest index."""
+    likeness = cosines(x).fill_diagonal_(-torch.inf)
+    start = (1 - likeness.amax(1)).argmax(0, keepdim=True)
+    distance = torch.sub(torch.ones((), device=x.device), likeness, out=likeness)
+    return farthest_first(distance, start, kept)

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmaccel.kernels import farthest_first
 from vlmaccel.kernels.gpu.target import Example, target
 
 CONFIGS = {"sm_80": 32, "sm_86": 32, "sm_90": 32, "gfx942": 64, "interpreter": 2}  # threads of a warp
@@ -25,7 +24,7 @@ MOST = 2**14  # points that fit into registers
 @triton.jit(do_not_specialize=["row_stride", "m", "kept"])
 def _pick(
     distance_ptr,
-    first_ptr,
+    start_ptr,
     picked_ptr,
     row_stride,
     m,
@@ -40,7 +39,7 @@ def _pick(
     place = tl.arange(0, BLOCK // (WARPS * WIDTH))[:, None] * (WARPS * WIDTH) + tl.arange(0, WARPS * WIDTH)[None, :]
     inside = place < m * UNIT
     left = tl.where(inside, float("inf"), float("-inf"))  # to the nearest of the picked points; -inf for these
-    at = tl.load(first_ptr).to(tl.int32)
+    at = tl.load(start_ptr).to(tl.int32)
     for number in range(kept):
         tl.store(picked_ptr + number, at.to(tl.int64))
         row = tl.load(distance_ptr + at.to(tl.int64) * row_stride * UNIT + place, mask=inside, other=float("-inf"))
@@ -58,15 +57,15 @@ def _pick(
         at = BLOCK - 1 - (tl.max(key, 0) & (BLOCK - 1)).to(tl.int32)
 
 
-def fits(distance: Tensor, kept: int) -> bool:
+def fits(distance: Tensor, start: Tensor, kept: int) -> bool:
     return distance.dtype == torch.float32 and 0 < kept <= len(distance) <= MOST
 
 
-def launch(distance: Tensor, kept: int) -> Tensor:
+def launch(distance: Tensor, start: Tensor, kept: int) -> Tensor:
     distance = distance if distance.stride(1) == 1 else distance.contiguous()
     picked = distance.new_empty(kept, dtype=torch.long)
     scalars, meta, options = _arguments(target(distance), len(distance), distance.stride(0), kept)
-    _pick[(1,)](distance, farthest_first.first(distance), picked, *scalars, **meta, **options)
+    _pick[(1,)](distance, start, picked, *scalars, **meta, **options)
     return picked
 
 
