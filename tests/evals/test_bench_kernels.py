@@ -45,6 +45,7 @@ SMALL = (
     bias_case("qwen2-vl-2b", 2, 20, causal=True),
     score_case("llava-next-7b", 40, 8),
     score_case("qwen2-vl-2b", 40, batch=2),
+    score_case("qwen2-vl-2b", 40, 8, known=True),
     token_case("qwen2-vl-2b", 50, 0.5, batch=2),
     block_case("qwen2-vl-2b", 300, 0.5, block=64),
     lines_case("qwen2-vl-2b", 300, 20, 40),

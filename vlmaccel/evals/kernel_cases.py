@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, one_hot, pad, scaled_dot_product_attention
 
 from vlmaccel.evals.published_tome import match
+from vlmaccel.kernels.attention_lse import attention_lse
 from vlmaccel.kernels.bipartite_match import bipartite_match
 from vlmaccel.kernels.block_index import computed_share, dense_mask, vertical_slash_index
 from vlmaccel.kernels.block_prefill import block_prefill
@@ -244,14 +245,16 @@ def bias_case(model: str, batch: int, tokens: int, causal: bool = False) -> Case
     return Case("key_bias_attention", f"{model}, {batch} x {tokens:,}{', causal' if causal else ''}", make)
 
 
-def score_case(model: str, tokens: int, rows: int | None = None, batch: int = 1) -> Case:
-    """What each key gets from the last rows of a prefill, or from all."""
+def score_case(model: str, tokens: int, rows: int | None = None, batch: int = 1, known: bool = False) -> Case:
+    """What each key gets from the last rows of a prefill, or from all. known: attention has told their log-sum-exp."""
 
     def make(draw: Draw) -> Work:
-        query, key, _ = draw.qkv(model, batch, tokens)
+        query, key, value = draw.qkv(model, batch, tokens)
         heads, kv_heads, dim = HEADS[model]
         count = rows or tokens
+        lse = attention_lse(query, key, value, is_causal=True, enable_gqa=True)[1] if known else None
         query, scale = query[:, :, tokens - count :], dim**-0.5
+        lse = None if lse is None else lse[:, :, tokens - count :]
         place = torch.arange(tokens, device=draw.device)
         row, index = place[tokens - count :].repeat(batch, 1), place.repeat(batch, 1, 1)
         most = 2**28 if draw.cuda else 2**22  # logits at a time
@@ -270,12 +273,13 @@ def score_case(model: str, tokens: int, rows: int | None = None, batch: int = 1)
 
         pairs = causal_pairs(tokens) - causal_pairs(tokens - count)
         return Work(
-            (query, key, row, index, None, scale, 0, "sum"),
+            (query, key, row, index, None, scale, 0, "sum", lse),
             {"products, softmax, sum": by_products},
             flops=2 * batch * heads * dim * pairs,
         )
 
-    return Case("score_rows", f"{model}, {tokens:,} keys, {f'{rows} rows' if rows else 'all rows'}", make)
+    looking = f"{rows} rows" if rows else "all rows"
+    return Case("score_rows", f"{model}, {tokens:,} keys, {looking}{', normaliser known' * known}", make)
 
 
 def token_case(model: str, tokens: int, kept: float, batch: int = 1) -> Case:
@@ -552,6 +556,8 @@ def gpu_cases() -> Iterator[Case]:
         ("qwen2-vl-2b", 32768, None),
     ):
         yield score_case(model, tokens, rows)
+        if rows is None:
+            yield score_case(model, tokens, known=True)
     for model, tokens, kept in (
         ("llava-next-7b", 2992, 0.5),
         ("llava-next-7b", 8192, 0.5),
@@ -587,6 +593,7 @@ def cpu_cases() -> Iterator[Case]:
     yield bias_case("llava-next-7b", 1, 2992, causal=True)
     yield score_case("llava-next-7b", 2992, 64)
     yield score_case("llava-next-7b", 2992)
+    yield score_case("llava-next-7b", 2992, known=True)
     yield score_case("qwen2-vl-2b", 8192, 64)
     yield token_case("llava-next-7b", 2992, 0.5)
     yield token_case("qwen2-vl-2b", 8192, 0.5)
