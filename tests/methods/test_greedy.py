@@ -69,7 +69,17 @@ def test_cdpruner_picks_the_same_from_few_candidates(monkeypatch, candidates, ra
     assert largest_determinant(kernel, 60, r).tolist()[: len(order)] == order
 
 
-def test_cdpruner_goes_on_by_relevance_where_the_rank_ends():
+@pytest.mark.parametrize("candidates", [1, 2, 3, 9])
+def test_cdpruner_breaks_ties_by_index_among_few_candidates_too(monkeypatch, candidates):
+    monkeypatch.setattr(cdpruner, "CANDIDATES", candidates)
+    assert largest_determinant(torch.eye(9), 7, torch.ones(9)).tolist() == list(range(7))
+    gain = torch.tensor([1.0, 2, 1, 2, 2, 1, 2, 1, 2])
+    assert largest_determinant(gain.diag(), 9, gain).tolist() == [1, 3, 4, 6, 8, 0, 2, 5, 7]
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 256])
+def test_cdpruner_goes_on_by_relevance_where_the_rank_ends(monkeypatch, candidates):
+    monkeypatch.setattr(cdpruner, "CANDIDATES", candidates)
     kernel = cosines(torch.eye(3).repeat(2, 1))  # rank 3 of 6
     order = largest_determinant(kernel, 5, torch.tensor([0.0, 0, 0, 1, 3, 2])).tolist()
     assert sorted(order[:3]) == [0, 1, 2] and order[3:] == [4, 5]

@@ -17,6 +17,7 @@ from vlmaccel.kernels.bipartite_match import bipartite_match
 from vlmaccel.kernels.block_index import computed_share, dense_mask, vertical_slash_index
 from vlmaccel.kernels.block_prefill import block_prefill
 from vlmaccel.kernels.farthest_first import farthest_first
+from vlmaccel.kernels.greedy_map import greedy_map
 from vlmaccel.kernels.key_bias_attention import key_bias_attention
 from vlmaccel.kernels.merge_tokens import merge_tokens
 from vlmaccel.kernels.mixed_decode import mixed_decode
@@ -28,6 +29,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "bipartite_match": bipartite_match,
     "merge_tokens": merge_tokens,
     "farthest_first": farthest_first,
+    "greedy_map": greedy_map,
     "key_bias_attention": key_bias_attention,
     "score_rows": score_rows,
     "token_prefill": token_prefill,
@@ -211,6 +213,40 @@ def farthest_case(tokens: int, kept: float) -> Case:
         return Work((distance, start, count), {"step by step": step_by_step})
 
     return Case("farthest_first", f"{tokens:,} points, {kept:.0%} kept", make)
+
+
+def greedy_case(items: int, kept: float) -> Case:
+    """CDPruner's choice among the tokens of a picture, in float32 whatever the tokens are in."""
+
+    def make(draw: Draw) -> Work:
+        unit = torch.nn.functional.normalize(draw.normal(items, 1024, dtype=torch.float), dim=-1)
+        relevance = torch.rand(items, generator=draw.generator, device=draw.device)
+        kernel, count = unit @ unit.mT * relevance * relevance[:, None], round(kept * items)
+        least = torch.tensor(1e-6, device=draw.device)
+
+        def step_by_step() -> tuple[Tensor, Tensor]:
+            picked = torch.empty(count, dtype=torch.long, device=draw.device)
+            rows, gain = kernel.new_zeros(count, items), kernel.diagonal().clone()
+            for number in range(count):
+                best = gain.argmax(0, keepdim=True)
+                row = kernel[best] - rows[:number, best].mT @ rows[:number]
+                rows[number] = row.view(-1) / gain[best].sqrt()
+                gain = (gain - rows[number].square()).index_fill_(0, best, -torch.inf)
+                picked[number] = best.view(())
+            return picked, rows
+
+        def growth(result: tuple[Tensor, Tensor]) -> Tensor:
+            """The square roots of what the determinant grows by; of two items that are nearly as good either will do."""
+            picked, rows = result
+            return rows.gather(1, picked[:, None])
+
+        return Work(
+            (kernel, least, count),
+            {"step by step": step_by_step},
+            error=lambda ours, theirs: relative_error(growth(ours), growth(theirs)),
+        )
+
+    return Case("greedy_map", f"{items:,} items, {kept:.0%} kept", make)
 
 
 def bias_case(model: str, batch: int, tokens: int, causal: bool = False) -> Case:
@@ -544,6 +580,8 @@ def gpu_cases() -> Iterator[Case]:
         yield merge_case(batch, tokens)
     for tokens, kept in ((576, 0.5), (2880, 0.5), (4096, 0.25), (4096, 0.5)):
         yield farthest_case(tokens, kept)
+    for items, kept in ((576, 0.11), (576, 0.5), (768, 0.25), (768, 0.5)):
+        yield greedy_case(items, kept)
     for batch, tokens in ((8, 577), (32, 577), (8, 1025)):
         yield bias_case("vit-l", batch, tokens)
     yield bias_case("llava-next-7b", 1, 2992, causal=True)
@@ -588,6 +626,8 @@ def cpu_cases() -> Iterator[Case]:
         yield merge_case(batch, 577)
     yield farthest_case(576, 0.5)
     yield farthest_case(2880, 0.5)
+    yield greedy_case(256, 0.5)
+    yield greedy_case(576, 0.11)
     yield bias_case("vit-l", 1, 577)
     yield bias_case("vit-l", 8, 577)
     yield bias_case("llava-next-7b", 1, 2992, causal=True)
