@@ -135,8 +135,12 @@ def _block_prefill(
 _block_prefill._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode: the tensors, and not only their shapes
 
 
-# torch up to 2.14 has no formula for the attention kernel that CPUs use, and would count none of its work
+# torch up to 2.14 has no formula for the attention kernel that CPUs use, and would count none of its work; those for GPUs
+# refuse grouped queries up to 2.11
 _FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention: _sdpa,
+    torch.ops.aten._scaled_dot_product_efficient_attention: _sdpa,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _sdpa,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
     key_bias_attention._overloadpacket: _sdpa,

@@ -42,6 +42,7 @@ round bfloat16 logits to bfloat16. Blocks of keys that come after all rows of a 
 REDUCTIONS = ("sum", "mean", "max")
 ROWS = 128  # at a time
 CHUNK = 3 * 2**19  # logits at a time: more do not stay in the cache
+TILE = 2**19  # the same of rows whose log-sum-exp is known, which need not be whole
 
 
 def reference(
@@ -109,23 +110,29 @@ def _torch_form(
         return out
     if query.dtype == torch.half:  # products of CPUs in float16 are several times slower than in float32
         query, key = query.float(), key.float()
+    if query.dtype != torch.bfloat16:  # which would be rounded once more
+        query, scale = query * scale, 1.0
     if lse is not None:
         query, key = subtracting(query, key, lse / scale)
-    fit = max(1, CHUNK // (min(rows, ROWS) * keys * (heads // kv_heads)))  # KV heads at a time
+    share = heads // kv_heads
+    step = ROWS if lse is None else max(ROWS, 2 * ROWS // share)
+    each = min(rows, step) * share  # logits of a key
+    tile = keys if lse is None else min(keys, max(1, TILE // each))
+    fit = max(1, CHUNK // (each * tile))  # KV heads at a time
     samples = max(1, fit // kv_heads)
     for b in range(0, batch, samples):
         some = slice(b, b + samples)
         hidden = None if bias is None else bias[some] == -torch.inf
-        for start in range(0, rows, ROWS):
-            at = slice(start, start + ROWS)
-            block = _Block(row[some, at], index[some], hidden, window)
+        for start in range(0, rows, step):
+            at = slice(start, start + step)
+            block = _Block(row[some, at], index[some], hidden, window, lse is not None)
             if block.start == block.end:
                 continue
             for h in _parts(kv_heads, fit):
-                where = slice(h.start * heads // kv_heads, h.stop * heads // kv_heads)
+                where = slice(h.start * share, h.stop * share)
                 added = None if bias is None else _of(bias[some, :, block.start : block.end], h)
                 part = block.reduced(
-                    query[some, where, at], key[some, h, block.start : block.end], added, scale, h, reduce, lse is None
+                    query[some, where, at], key[some, h, block.start : block.end], added, scale, h, reduce, tile
                 )
                 total = out[some, where, block.start : block.end]
                 torch.maximum(total, part, out=total) if reduce == "max" else total.add_(part)
@@ -160,11 +167,11 @@ def _of(x: Tensor, heads: slice) -> Tensor:
 class _Block:
     """A block of rows of some samples, and what they see: no key outside `start` to `end`, and all keys before `some`.
 
-    row: (b, R). index, hidden: (b, 1 or H_kv, K).
+    row: (b, R). index, hidden: (b, 1 or H_kv, K). normalised: whether logits come out less the rows' log-sum-exp.
     """
 
-    def __init__(self, row: Tensor, index: Tensor, hidden: Tensor | None, window: int) -> None:
-        self.counts = row >= 0
+    def __init__(self, row: Tensor, index: Tensor, hidden: Tensor | None, window: int, normalised: bool) -> None:
+        self.counts, self.normalised = row >= 0, normalised
         most = torch.iinfo(row.dtype).max
         first = row.masked_fill(~self.counts, most).amin(1)[:, None, None]
         last = row.amax(1)[:, None, None]
@@ -187,26 +194,34 @@ class _Block:
         self.all_count = bool(self.weight.all())
 
     def reduced(
-        self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, heads: slice, reduce: str, normalise: bool
+        self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, heads: slice, reduce: str, tile: int
     ) -> Tensor:
-        """(b, H, end - start) float, for some KV heads and their query heads; `normalise` unless logits come out less the rows'
-        log-sum-exp."""
+        """(b, H, end - start) float, for some KV heads and their query heads. tile: keys at a time; all of them, unless rows are
+        `normalised`."""
         batch, kv_heads, keys, dim = key.shape
         query = query.masked_fill(~self.counts[:, None, :, None], 0).contiguous()  # rows of padding may be NaN
-        logits = query.view(batch, kv_heads, -1, dim) @ key.mT
-        logits = logits.to(torch.promote_types(query.dtype, torch.float)).mul_(scale)
-        if bias is not None:
-            logits += bias[:, :, None]
-        each = logits.view(batch, kv_heads, -1, query.shape[2], keys)
-        # finite, so that a row that sees nothing is no NaN
-        each[..., self.some :].masked_fill_(_of(self.unseen, heads)[:, :, None], torch.finfo(logits.dtype).min)
-        if normalise:
-            torch.softmax(logits, -1, out=logits)
-        else:
-            logits.exp_()
-        if not self.all_count:
-            each.mul_(_of(self.weight, heads)[:, :, None, :, None])
-        return (each.amax(3) if reduce == "max" else each.sum(3)).flatten(1, 2)
+        rows, grouped = query.shape[2], query.view(batch, kv_heads, -1, dim)
+        found = []
+        for start in range(0, keys, tile):
+            part = slice(start, min(start + tile, keys))
+            logits = grouped @ key[:, :, part].mT
+            logits = logits.to(torch.promote_types(query.dtype, torch.float))
+            if scale != 1:
+                logits.mul_(scale)
+            if bias is not None:
+                logits += bias[:, :, None, part]
+            each = logits.view(batch, kv_heads, -1, rows, part.stop - start)
+            unseen = _of(self.unseen, heads)[:, :, None, :, max(start - self.some, 0) : max(part.stop - self.some, 0)]
+            # finite, so that a row that sees nothing is no NaN
+            each[..., each.shape[-1] - unseen.shape[-1] :].masked_fill_(unseen, torch.finfo(logits.dtype).min)
+            if self.normalised:
+                logits.exp_()
+            else:
+                torch.softmax(logits, -1, out=logits)
+            if not self.all_count:
+                each.mul_(_of(self.weight, heads)[:, :, None, :, None])
+            found.append(each.amax(3) if reduce == "max" else each.sum(3))
+        return torch.cat(found, -1).flatten(1, 2)
 
 
 def _fake(
