@@ -29,7 +29,8 @@ index: (B, 1 or H_kv, K) int32 or int64, logical position of each key, from 0 to
 bias: (B, 1 or H_kv, K) float32, added to the logits of each key (log of a merged size; -inf hides a key), or None.
 scale: of the logits. window: how many positions back a row sees, itself the first; 0 or less for all.
 lse: (B, H, Q) float32, the log-sum-exp of the logits that each row sees, where attention has worked it out already (see
-`vlmaccel.kernels.attention_lse`), which saves half of the work on GPUs and the softmax on CPUs; None to work it out.
+`vlmaccel.kernels.attention_lse`), which saves half of the work on GPUs, and on CPUs the softmax where heads share no keys;
+None to work it out.
 
 A row sees the keys with row - window < index <= row that are not hidden; what keys that no row sees hold (NaN too) does not
 matter. reduce: "sum" of the rows' probabilities; "mean", that sum divided by the number of rows that see the key; "max". A key
@@ -111,10 +112,12 @@ def _torch_form(
     if query.dtype == torch.half:  # products of CPUs in float16 are several times slower than in float32
         query, key = query.float(), key.float()
     if query.dtype != torch.bfloat16:  # which would be rounded once more
-        query, scale = query * scale, 1.0
+        key, scale = key * scale, 1.0
+    share = heads // kv_heads
+    if share > 1:  # to append it to the queries of all heads that share keys takes as long as a softmax
+        lse = None
     if lse is not None:
         query, key = subtracting(query, key, lse / scale)
-    share = heads // kv_heads
     step = ROWS if lse is None else max(ROWS, 2 * ROWS // share)
     each = min(rows, step) * share  # logits of a key
     tile = keys if lse is None else min(keys, max(1, TILE // each))
@@ -172,6 +175,7 @@ class _Block:
 
     def __init__(self, row: Tensor, index: Tensor, hidden: Tensor | None, window: int, normalised: bool) -> None:
         self.counts, self.normalised = row >= 0, normalised
+        self.all_rows = bool(self.counts.all())
         most = torch.iinfo(row.dtype).max
         first = row.masked_fill(~self.counts, most).amin(1)[:, None, None]
         last = row.amax(1)[:, None, None]
@@ -199,8 +203,9 @@ class _Block:
         """(b, H, end - start) float, for some KV heads and their query heads. tile: keys at a time; all of them, unless rows are
         `normalised`."""
         batch, kv_heads, keys, dim = key.shape
-        query = query.masked_fill(~self.counts[:, None, :, None], 0).contiguous()  # rows of padding may be NaN
-        rows, grouped = query.shape[2], query.view(batch, kv_heads, -1, dim)
+        if not self.all_rows:  # those of padding may be NaN
+            query = query.masked_fill(~self.counts[:, None, :, None], 0)
+        rows, grouped = query.shape[2], query.reshape(batch, kv_heads, -1, dim)
         found = []
         for start in range(0, keys, tile):
             part = slice(start, min(start + tile, keys))
