@@ -18,10 +18,10 @@ def draw(heads=(4, 2), rows=40, keys=40, dim=16, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("rows", [1, 40, 700])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_is_the_attention_to_the_bit_and_its_normaliser(dtype, heads, causal, rows, scale):
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_is_the_attention_to_the_bit_and_its_normaliser(dtype, heads, causal, rows):
     query, key, value = draw(heads, rows, rows, dtype=dtype)
+    scale = 0.3 if causal else None
     options = {"is_causal": causal, "scale": scale, "enable_gqa": heads[0] > heads[1]}
     out, lse = attention_lse(query, key, value, **options)
     assert torch.equal(out, scaled_dot_product_attention(query, key, value, **options))

@@ -48,8 +48,20 @@ def test_shared_keys(heads, each):
     check(*draw(heads, 18, 40, 16, batch=1, groups=heads[1] if each else 1), SCALE, 9, "mean")
 
 
-@pytest.mark.parametrize("rows", [1, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS])
-@pytest.mark.parametrize("keys", [1, KEYS - 1, KEYS, KEYS + 1, 4 * KEYS + 1])
+@pytest.mark.parametrize(
+    ("rows", "keys"),
+    [
+        (1, 1),
+        (1, 4 * KEYS + 1),
+        (ROWS - 1, KEYS - 1),
+        (ROWS, KEYS),
+        (ROWS, KEYS + 1),
+        (ROWS + 1, KEYS - 1),
+        (ROWS + 1, KEYS + 1),
+        (2 * ROWS, 1),
+        (2 * ROWS, 4 * KEYS + 1),
+    ],
+)
 def test_lengths(rows, keys):
     check(*draw((2, 2), rows, keys, 16, batch=1, biased=rows % 2 == 0), SCALE, 0, "sum")
 
