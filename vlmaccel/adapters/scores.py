@@ -71,9 +71,8 @@ class LayerScores:
         if view.mask is None and view.columns.index.shape[2] == n:  # causal attention, and that alone
             row, scale = view.rows.masked_fill(~counts, -1), self._attention.scaling
             query = self._rotated("q", None) if self._query is None else self._query
-            return score_rows(query, self._all_keys(), row, view.rows[:, None], None, scale, 0, "sum", self._lse).mean(
-                1
-            )
+            key, index = self._all_keys(), view.rows[:, None]
+            return score_rows(query, key, row, index, None, scale, 0, "sum", self._lse).mean(1)
         total = torch.zeros(counts.shape, device=counts.device)
         for rows in a_few_at_a_time(torch.arange(n, device=counts.device).expand(len(counts), -1), n):
             total += (self.rows(rows).mean(1) * counts.gather(1, rows)[..., None]).sum(1)

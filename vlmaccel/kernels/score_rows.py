@@ -224,7 +224,7 @@ class _Block:
             else:
                 torch.softmax(logits, -1, out=logits)
             if not self.all_count:
-                each.mul_(_of(self.weight, heads)[:, :, None, :, None])
+                each.masked_fill_(~_of(self.weight, heads)[:, :, None, :, None], 0)
             found.append(each.amax(3) if reduce == "max" else each.sum(3))
         return torch.cat(found, -1).flatten(1, 2)
 
